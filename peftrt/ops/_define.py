@@ -1,0 +1,129 @@
+"""The one registrar: schema, shape function, backends and gradient of an operation, and the choice among its backends.
+
+Operations are declared through ``torch.library.Library``: per call on a CPU that costs a third of what ``custom_op`` does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftrt.ops._backend import Backend, BackendError, Choice, choose, forced, wishes
+
+NAMESPACE = "peftrt"
+DEVICES = {"CPU": "cpu", "CUDA": "cuda"}
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_warned: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation's parts, as :func:`define` was given them."""
+
+    name: str
+    check: Callable[..., None]
+    backends: tuple[Backend, ...]
+
+    def choice(self, *args: Any) -> Choice:
+        """Which backend would serve this call, without running it; bad arguments raise as in the call."""
+        self.check(*args)
+        return choose(self.name, self.backends, _device_of(args), args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(
+    schema: str,
+    *,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    backends: tuple[Backend, ...],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register an operation as ``torch.ops.peftrt.<name>``.
+
+    Args:
+        schema: name, arguments and results in PyTorch's schema language.
+        check: takes the arguments; raises TypeError or ValueError. Serves the real and the fake call, so that an error shows
+            under ``torch.compile`` as it does in eager mode.
+        fake: takes the arguments; returns empty results of the right shape, dtype and device.
+        backends: in the order in which they are asked.
+        setup_context, backward: as of ``torch.library.register_autograd``; tensors are saved through
+            ``ctx.save_for_backward`` only, and ``backward`` is made of registered and torch operations. It runs with the
+            backend that was forced around its forward.
+    """
+    name = schema.partition("(")[0]
+    op = OPS[name] = Op(name, check, backends)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_LIBRARY)
+    for key, device in DEVICES.items():
+        _LIBRARY.impl(name, _kernel(op, device), key)
+    if backward is not None:
+        _register_gradient(name, setup_context, backward)
+
+
+def _kernel(op: Op, device: str) -> Callable[..., Any]:
+    """The implementation registered for a device: check, choose, run."""
+
+    def kernel(*args: Any) -> Any:
+        op.check(*args)
+        choice = choose(op.name, op.backends, device, args)
+        if choice.backend is None:
+            raise BackendError(_refusal(choice, args))
+        if device == "cuda" and choice.backend.name == "reference" and not wishes():
+            _warn_once(choice)
+        return choice.backend.run(*args)
+
+    return kernel
+
+
+def _register_gradient(name: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.peftrt_wishes = wishes()
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        with forced(ctx.peftrt_wishes):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup, lib=_LIBRARY)
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    return next(arg.device.type for arg in args if isinstance(arg, Tensor))
+
+
+def _refusal(choice: Choice, args: tuple[Any, ...]) -> str:
+    inputs = ", ".join(f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}" for a in args if isinstance(a, Tensor))
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in choice.reasons.items())
+    return f"{choice.op}: no backend can run this call ({inputs}):{reasons}"
+
+
+def _warn_once(choice: Choice) -> None:
+    """On a GPU nobody should find out from a profile that the slow path ran."""
+    text = str(choice)
+    if (choice.op, text) not in _warned:
+        _warned.add((choice.op, text))
+        warnings.warn(f"peftrt runs a slow path on CUDA: {text}", RuntimeWarning, stacklevel=3)
+
+
+def always(*_: Any) -> None:
+    """``unsupported`` of a backend that takes every call."""
+
+
+def reference_backend(run: Callable[..., Any]) -> Backend:
+    """The plain torch backend: any device, any call that passed the check."""
+    return Backend("reference", run, always, ("cpu", "cuda"))

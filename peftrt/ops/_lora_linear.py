@@ -1,0 +1,173 @@
+"""lora_linear: a base weight, dense or NF4, and one low-rank adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftrt.formats.nf4 import NF4Weight
+from peftrt.ops import _native
+from peftrt.ops._define import Backend, define, reference_backend
+from peftrt.ops._weight import (
+    WEIGHT,
+    WeightArgs,
+    autocast,
+    check_device,
+    check_float,
+    check_linear,
+    expect,
+    weight_args,
+)
+from peftrt.reference import lora_linear as reference
+from peftrt.reference._weight import accumulator
+from peftrt.reference.dropout import dropout
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """Linear map with a low-rank adapter.
+
+    ``y = x W^T + b + s (drop(x) A^T) B^T``. Differentiable in x, a dense W, A, B and b. Between forward and backward only x and
+    ``drop(x) A^T`` are kept beside the parameters; the dropout mask is a function of the seed and is computed again.
+
+    Args:
+        x: ``[..., K]``; fp32, bf16 or fp16 (fp64 by the reference); any strides. Cast under ``torch.autocast``.
+        weight: ``[N, K]`` in x's dtype, or an NF4Weight of that shape.
+        lora_A: ``[R, K]``, any floating dtype: fp32 adapters over a bf16 base are computed in fp32.
+        lora_B: ``[N, R]``, any floating dtype.
+        scaling: s, without unit: alpha / R, or alpha / sqrt(R) for rsLoRA.
+        bias: ``[N]`` in x's dtype, or None.
+        dropout_p: probability that an element of the adapter's input is zeroed; in [0, 1).
+        seed: of the dropout mask: int64 ``[1]`` on x's device, or an int. Default: drawn from torch's generator.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, device or probability that does not fit.
+
+    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; rsLoRA, Kalajdzievski 2023 (arXiv:2312.03732).
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    if dropout_p and seed is None:
+        seed = torch.randint(2**62, (1,), device=x.device)
+    elif isinstance(seed, int):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    args = weight_args("lora_linear", weight)
+    return torch.ops.peftrt.lora_linear(x, *args, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
+
+
+def _autocast(
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None
+) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None]:
+    if isinstance(weight, Tensor):
+        return autocast(x, weight, bias)  # type: ignore[return-value]
+    x, bias = autocast(x, bias)  # type: ignore[assignment]
+    return x, weight, bias
+
+
+def _check(x: Tensor, *rest: Any) -> None:
+    *weight, lora_A, lora_B, _, bias, dropout_p, seed = rest
+    args = WeightArgs(*weight)
+    check_linear("lora_linear", x, args, bias)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_float("lora_linear", name, tensor)
+        check_device("lora_linear", name, tensor, x)
+    fits = lora_A.dim() == 2 and lora_A.shape[1] == args.k
+    expect(fits, "lora_linear", "lora_A", f"[R, K = {args.k}]", lora_A)
+    rank = lora_A.shape[0]
+    fits = lora_B.dim() == 2 and tuple(lora_B.shape) == (args.n, rank)
+    expect(fits, "lora_linear", "lora_B", f"[N, R] = [{args.n}, {rank}] beside lora_A of rank {rank}", lora_B)
+    expect(0.0 <= dropout_p < 1.0, "lora_linear", "dropout_p", "in [0, 1)", dropout_p)
+    if dropout_p:
+        good = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
+        expect(good, "lora_linear", "seed", "int64 [1] where dropout_p is not 0", seed)
+        check_device("lora_linear", "seed", seed, x)
+
+
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, lora_A = rest[4], rest[7]
+    xa = x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=accumulator(x.dtype))
+    return x.new_empty((*x.shape[:-1], n)), xa
+
+
+def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
+    if rest[1] is None:
+        return "has no kernel for a dense base"
+    return _native.unsupported(x, x.dtype)
+
+
+def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The base by its kernel; the adapter, a small share of the work, is added to its result."""
+    *weight, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
+    wide = dropout(x, seed, dropout_p).float()
+    xa = wide @ lora_A.float().t()
+    y = torch.ops.peftrt.nf4_linear(x, *weight, bias)
+    if y.dtype == torch.float32:
+        y.view(-1, y.shape[-1]).addmm_(xa.view(-1, xa.shape[-1]), lora_B.float().t(), alpha=scaling)
+        return y, xa
+    return torch.add(y.float(), xa @ lora_B.float().t(), alpha=scaling).to(x.dtype), xa
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *weight, lora_A, lora_B, ctx.scaling, _, ctx.dropout_p, seed = inputs
+    *tensors, ctx.n, ctx.k, ctx.block_size = weight
+    ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *tensors)
+
+
+def _backward(ctx: Any, dy: Tensor, dxa: Tensor | None) -> tuple[Any, ...]:
+    """dX = dY W + drop'(G A), dA = G^T drop(x), dB = s dY^T xa with G = s dY B (+ the gradient of xa, where it was used)."""
+    x, lora_A, lora_B, xa, seed, *tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    weight = (*tensors, ctx.n, ctx.k, ctx.block_size)
+    wide = accumulator(x.dtype)
+    dy_rows = dy.reshape(-1, ctx.n)
+    dy_wide, xa_rows = dy_rows.to(wide), xa.reshape(-1, xa.shape[-1])
+    grad = ctx.scaling * (dy_wide @ lora_B.to(wide))
+    if dxa is not None:
+        grad = grad + dxa.reshape(grad.shape)
+    dx = dweight = dA = dB = dbias = None
+    if needs[0]:
+        through = dropout((grad @ lora_A.to(wide)).view(x.shape), seed, ctx.dropout_p)
+        dx = _base_grad_input(dy, weight) + through.to(x.dtype)
+    if needs[1]:
+        dweight = dy_rows.t() @ x.reshape(-1, ctx.k)
+    if needs[8]:
+        dA = (grad.t() @ dropout(x.to(wide), seed, ctx.dropout_p).reshape(-1, ctx.k)).to(lora_A.dtype)
+    if needs[9]:
+        dB = (ctx.scaling * (dy_wide.t() @ xa_rows)).to(lora_B.dtype)
+    if needs[11]:
+        dbias = dy_rows.sum(0)
+    return (dx, dweight, None, None, None, None, None, None, dA, dB, None, dbias, None, None)
+
+
+def _base_grad_input(dy: Tensor, weight: tuple[Any, ...]) -> Tensor:
+    if weight[1] is None:
+        return dy @ weight[0]
+    return torch.ops.peftrt.nf4_linear_dx(dy, *weight)
+
+
+define(
+    f"lora_linear(Tensor x, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, float dropout_p, "
+    "Tensor? seed) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    backends=(
+        Backend("native", _native_forward, _native_unsupported, ("cpu",)),
+        reference_backend(reference.forward),
+    ),
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,0 +1,137 @@
+"""What the operations over a base weight share: its arguments in a schema, and the checks of them.
+
+A base weight, dense or NF4, travels through a schema as seven arguments. ``absmax`` is None for a dense weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NESTED_BLOCK_SIZE, NF4Weight
+
+WEIGHT = (
+    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, SymInt n, SymInt k, int block_size"
+)
+# fp64 is served by the references, so that gradients can be checked against finite differences.
+COMPUTE_DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
+class WeightArgs(NamedTuple):
+    """A base weight W [N, K] as schema arguments: dense values, or NF4 codes with their scales."""
+
+    weight: Tensor
+    absmax: Tensor | None
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    n: int
+    k: int
+    block_size: int
+
+
+def weight_args(op: str, weight: Tensor | NF4Weight) -> WeightArgs:
+    """Flatten a weight for a schema."""
+    if isinstance(weight, NF4Weight):
+        if len(weight.shape) != 2:
+            raise ValueError(f"{op}: weight must be a matrix [N, K], got an NF4Weight of shape {weight.shape}")
+        n, k = weight.shape
+        return WeightArgs(
+            weight.codes, weight.absmax, weight.nested_absmax, weight.nested_offset, n, k, weight.block_size
+        )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight must be a Tensor or an NF4Weight, got {type(weight).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be a matrix [N, K], got shape {tuple(weight.shape)}")
+    return WeightArgs(weight, None, None, None, weight.shape[0], weight.shape[1], 0)
+
+
+def describe(value: Any) -> str:
+    """``uint8 [4096, 64] on cpu``: how an error names what it got."""
+    if not isinstance(value, Tensor):
+        return f"{value!r}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+
+
+def expect(condition: bool, op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> None:
+    """Raise ``<op>: <argument> must be <expected>, got <got>`` unless the condition holds."""
+    if not condition:
+        raise error(f"{op}: {argument} must be {expected}, got {describe(got)}")
+
+
+def check_float(op: str, argument: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = COMPUTE_DTYPES) -> None:
+    """The tensor's dtype is one that the operations compute in."""
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expect(False, op, argument, f"one of {names}", tensor, TypeError)
+
+
+def check_device(op: str, argument: str, tensor: Tensor | None, like: Tensor) -> None:
+    """The tensor, where there is one, is on the device of ``like``."""
+    if tensor is not None and tensor.device != like.device:
+        expect(False, op, argument, f"on {like.device}, where the input is", tensor)
+
+
+def check_nf4(
+    op: str,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    numel: int,
+    block_size: int,
+) -> None:
+    """Codes and scales are the bytes that a weight of ``numel`` elements needs: a kernel may trust their sizes."""
+    expect(block_size in BLOCK_SIZES, op, "block_size", f"one of {BLOCK_SIZES}", block_size)
+    blocks = -(-numel // block_size)
+    expect((nested_absmax is None) == (nested_offset is None), op, "nested_offset", "given with nested_absmax", nested_offset)
+    named = [("weight", codes, (numel + 1) // 2)]
+    if nested_absmax is None:
+        named.append(("absmax", absmax, 4 * blocks))
+    else:
+        assert nested_offset is not None
+        named += [("absmax", absmax, blocks), ("nested_absmax", nested_absmax, 4 * -(-blocks // NESTED_BLOCK_SIZE))]
+        named.append(("nested_offset", nested_offset, 4))
+    for argument, tensor, size in named:
+        check_device(op, argument, tensor, codes)
+        if tensor.dtype != torch.uint8:
+            expect(False, op, argument, f"uint8 of {size} bytes", tensor, TypeError)
+        if tensor.numel() != size:
+            expect(False, op, argument, f"uint8 of {size} bytes for {numel} weights in blocks of {block_size}", tensor)
+
+
+def check_linear(op: str, x: Tensor, weight: WeightArgs, bias: Tensor | None, name: str = "x", side: str = "k") -> None:
+    """An input ``[..., K]`` (or a gradient ``[..., N]``), its base weight and bias fit together."""
+    check_float(op, name, x)
+    size = getattr(weight, side)
+    if x.dim() == 0 or x.shape[-1] != size:
+        expect(False, op, name, f"[..., {side.upper()} = {size}] for a weight of {weight.n} x {weight.k}", x)
+    check_device(op, "weight", weight.weight, x)
+    if weight.absmax is not None:
+        check_nf4(op, *weight[:4], weight.n * weight.k, weight.block_size)  # type: ignore[arg-type]
+    elif weight.weight.dtype != x.dtype:
+        expect(False, op, "weight", f"of {name}'s dtype {x.dtype}", weight.weight, TypeError)
+    elif tuple(weight.weight.shape) != (weight.n, weight.k):
+        expect(False, op, "weight", f"[N, K] = [{weight.n}, {weight.k}]", weight.weight)
+    check_bias(op, bias, weight.n, x)
+
+
+def check_bias(op: str, bias: Tensor | None, n: int, x: Tensor) -> None:
+    """The bias, where there is one, is [N] in x's dtype, on its device."""
+    if bias is None:
+        return
+    check_device(op, "bias", bias, x)
+    if bias.dtype != x.dtype:
+        expect(False, op, "bias", f"of x's dtype {x.dtype}", bias, TypeError)
+    if tuple(bias.shape) != (n,):
+        expect(False, op, "bias", f"[N] = [{n}]", bias)
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under ``torch.autocast``: x, and what must have its dtype, in autocast's dtype; otherwise as they are."""
+    tensors = (x, *others)
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if t is not None and t.dtype in FLOAT_DTYPES else t for t in tensors)

@@ -1,0 +1,79 @@
+"""NF4 quantisation and dequantisation, equal to bitsandbytes 0.50 bit for bit where it decodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftrt.formats.nf4 import (
+    DYNAMIC_CODEBOOK,
+    NESTED_BLOCK_SIZE,
+    NF4_CODEBOOK,
+    bytes_float,
+    float_bytes,
+    midpoints,
+)
+
+# Weights quantised at a time: bounds the fp32 temporaries to 32 MB each, and every index to 32 bits. Whole blocks.
+CHUNK = 1 << 23
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite, so that zeros stay zeros
+
+
+def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes uint8 [ceil(numel/2)], absmax uint8 (codes, or fp32 bytes), nested_absmax and nested_offset bytes (or empty)."""
+    flat = weight.detach().reshape(-1)
+    chunks = [_quantize_blocks(part, block_size, midpoints(NF4_CODEBOOK)) for part in flat.split(CHUNK)]
+    codes = torch.cat([_pack(levels) for levels, _ in chunks])
+    absmax = torch.cat([scales for _, scales in chunks])
+    if not double_quant:
+        empty = codes.new_empty(0)
+        return codes, float_bytes(absmax), empty, empty.clone()
+    offset = absmax.mean()
+    nested_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_BLOCK_SIZE, midpoints(DYNAMIC_CODEBOOK))
+    return codes, nested_codes, float_bytes(nested_absmax), float_bytes(offset.reshape(1))
+
+
+def _quantize_blocks(values: Tensor, block_size: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest level of every value, uint8 [numel] (ties go down), and the blocks' largest magnitudes, fp32 [blocks]."""
+    numel = values.numel()
+    padded = torch.nn.functional.pad(values.float(), (0, -numel % block_size)).view(-1, block_size)
+    absmax = padded.abs().amax(dim=1)
+    # by the reciprocal, as bitsandbytes scales: a division would round a few values to the other side of a threshold
+    scaled = padded * (1.0 / absmax.clamp(min=SMALLEST_SCALE)).unsqueeze(1)
+    levels = torch.bucketize(scaled, thresholds.to(values.device), out_int32=True)
+    return levels.to(torch.uint8).view(-1)[:numel], absmax
+
+
+def _pack(levels: Tensor) -> Tensor:
+    """Two levels a byte, the first in the high nibble; the last byte of an odd count is filled with the level of zero."""
+    if levels.numel() % 2:
+        levels = torch.nn.functional.pad(levels, (0, 1), value=7)
+    return (levels[::2] << 4) | levels[1::2]
+
+
+def block_scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """fp32 scale of every block, [blocks]: ``dynamic[absmax] * nested_absmax``, rounded, ``+ nested_offset``, rounded."""
+    if nested_absmax is None or nested_offset is None:
+        return bytes_float(absmax)
+    codes = absmax.reshape(-1)
+    steps = bytes_float(nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    return DYNAMIC_CODEBOOK.to(codes.device)[codes.int()] * steps + bytes_float(nested_offset)
+
+
+def dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of ``shape`` in ``dtype``: ``round(nf4[code] * scale)``; fp64 holds the fp32 value."""
+    packed = codes.reshape(-1)
+    levels = torch.stack([packed >> 4, packed & 0xF], dim=1).view(-1)[: math.prod(shape)]
+    scales = block_scales(absmax, nested_absmax, nested_offset).repeat_interleave(block_size)[: levels.numel()]
+    return (NF4_CODEBOOK.to(packed.device)[levels.int()] * scales).to(dtype).view(*shape)
