@@ -1,0 +1,66 @@
+"""Every test runs with NaN-poisoned ``torch.empty``, fixed seeds and no forced backend."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# Deterministic cuBLAS must be asked for before its first call; without it the fixture below would make matmuls raise.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# "ci" draws the same bounded examples on every run; `HYPOTHESIS_PROFILE=fuzz` draws many fresh ones.
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+SEED = 20250801
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; left out where there is none")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN (floats), the largest value (integers) or True: a result that is not written whole shows.
+
+    PyTorch does the filling inside ``at::empty``, so that it reaches Python and C++ allocations alike.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED % 2**32)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def default_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No backend forced from outside, and no test leaves a global setting behind for the next."""
+    monkeypatch.delenv("PEFTRT_BACKEND", raising=False)
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    assert torch.get_default_dtype() == dtype, "the test left another default dtype"
+    assert torch.is_grad_enabled() == grad, "the test left gradients switched"
+
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and a CUDA device where there is one."""
+    return torch.device(request.param)
