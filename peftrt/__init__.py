@@ -1,8 +1,11 @@
 """peftrt: the kernel-accelerated runtime for parameter-efficient fine-tuning and multi-tenant adapter serving."""
 
-from peftrt import ops
+from pathlib import Path
+
+from peftrt import nn, ops
 from peftrt.formats.nf4 import NF4Weight
+from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "NF4Weight", "backend", "ops"]
+__all__ = ["BackendError", "LoRALinear", "NF4Linear", "NF4Weight", "QLoRALinear", "backend", "nn", "ops"]

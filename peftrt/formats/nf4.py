@@ -116,7 +116,7 @@ class NF4Weight:
             TypeError: another dtype.
         """
         codes, absmax, nested_absmax, nested_offset = torch.ops.peftrt.nf4_quantize(weight, block_size, double_quant)
-        return cls._assemble(
+        return cls.assemble(
             codes,
             absmax,
             nested_absmax if double_quant else None,
@@ -127,7 +127,7 @@ class NF4Weight:
         )
 
     @classmethod
-    def _assemble(
+    def assemble(
         cls,
         codes: Tensor,
         absmax: Tensor,
@@ -232,7 +232,16 @@ class NF4Weight:
         _expect(absmax.numel() == blocks, f"{prefix}.absmax", f"{blocks} scales for shape {shape}, block {block_size}")
         codes = codes[: (math.prod(shape) + 1) // 2]  # a wider quant_storage may have padded the end
         absmax = absmax if nested_absmax is not None else float_bytes(absmax)
-        return cls._assemble(codes, absmax, nested_absmax, nested_offset, shape, getattr(torch, state["dtype"]), block_size)
+        return cls.assemble(codes, absmax, nested_absmax, nested_offset, shape, getattr(torch, state["dtype"]), block_size)
+
+
+def stored_sizes(numel: int, block_size: int, nested: bool) -> dict[str, int]:
+    """Bytes of each stored tensor of a weight of ``numel`` elements, by field name."""
+    blocks = -(-numel // block_size)
+    sizes = {"codes": (numel + 1) // 2, "absmax": blocks if nested else 4 * blocks}
+    if nested:
+        sizes |= {"nested_absmax": 4 * -(-blocks // NESTED_BLOCK_SIZE), "nested_offset": 4}
+    return sizes
 
 
 def splits_by_rows(shape: tuple[int, ...], block_size: int) -> bool:

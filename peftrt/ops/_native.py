@@ -1,4 +1,4 @@
-"""The native library: found and loaded once, and what it can take."""
+"""Finds and loads the native library peftrt/_C/libpeftrt_cpu.so, whose functions are then `torch.ops.peftrt_cpu.*`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftrt import _build
 from peftrt.formats.nf4 import FLOAT_DTYPES
 
-LIBRARY = Path(__file__).parent.parent / "_C" / "libpeftrt_cpu.so"
+_HINT = "`python -m peftrt build` compiles it"
 
 
-@functools.cache
+def library_path() -> Path:
+    """Where the CPU library is, or would be."""
+    return _build.default_directory() / _build.library_name("cpu")
+
+
+@functools.lru_cache(maxsize=1)
 def load() -> str | None:
-    """Load the library of CPU kernels; None, or the reason why it is not to be had."""
-    if not LIBRARY.exists():
-        return f"not built ({LIBRARY.name} is missing: run `python -m peftrt build`)"
+    """Loads the CPU library on the first call, and says why it cannot: None means that it is loaded.
+
+    Nothing is raised and nothing is retried: a library built later is found by the next process.
+    """
+    path = library_path()
+    if not path.is_file():
+        return f"the native CPU library is not built ({path} is missing); {_HINT}"
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error} (run `python -m peftrt build`)"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"the native CPU library does not load with torch {torch.__version__}: {lines[0]}; {_HINT} again"
     return None
+
+
+def isa() -> str | None:
+    """The instruction set that the kernels run with (`avx2` or `portable`), or None when the library is not loaded."""
+    return None if load() is not None else str(torch.ops.peftrt_cpu.isa())
 
 
 def unsupported(x: Tensor, dtype: torch.dtype) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NESTED_BLOCK_SIZE, NF4Weight
+from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NF4Weight, stored_sizes
 from peftrt.ops._define import define, reference_backend
 from peftrt.ops._weight import check_float, expect
 from peftrt.reference import nf4 as reference
@@ -38,12 +38,11 @@ def _check(weight: Tensor, block_size: int, double_quant: bool) -> None:
 
 
 def _fake(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    numel = weight.numel()
-    blocks = -(-numel // block_size)
-    sizes = ((numel + 1) // 2, 4 * blocks, 0, 0)
-    if double_quant:
-        sizes = ((numel + 1) // 2, blocks, 4 * -(-blocks // NESTED_BLOCK_SIZE), 4)
-    codes, absmax, nested_absmax, nested_offset = (weight.new_empty(size, dtype=torch.uint8) for size in sizes)
+    sizes = {"nested_absmax": 0, "nested_offset": 0, **stored_sizes(weight.numel(), block_size, double_quant)}
+    codes, absmax, nested_absmax, nested_offset = (
+        weight.new_empty(sizes[field], dtype=torch.uint8)
+        for field in ("codes", "absmax", "nested_absmax", "nested_offset")
+    )
     return codes, absmax, nested_absmax, nested_offset
 
 

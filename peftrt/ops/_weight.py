@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NESTED_BLOCK_SIZE, NF4Weight
+from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NF4Weight, stored_sizes
 
 WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, SymInt n, SymInt k, int block_size"
@@ -84,20 +84,14 @@ def check_nf4(
 ) -> None:
     """Codes and scales are the bytes that a weight of ``numel`` elements needs: a kernel may trust their sizes."""
     expect(block_size in BLOCK_SIZES, op, "block_size", f"one of {BLOCK_SIZES}", block_size)
-    blocks = -(-numel // block_size)
     expect((nested_absmax is None) == (nested_offset is None), op, "nested_offset", "given with nested_absmax", nested_offset)
-    named = [("weight", codes, (numel + 1) // 2)]
-    if nested_absmax is None:
-        named.append(("absmax", absmax, 4 * blocks))
-    else:
-        assert nested_offset is not None
-        named += [("absmax", absmax, blocks), ("nested_absmax", nested_absmax, 4 * -(-blocks // NESTED_BLOCK_SIZE))]
-        named.append(("nested_offset", nested_offset, 4))
-    for argument, tensor, size in named:
+    fields = {"codes": codes, "absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    for field, size in stored_sizes(numel, block_size, nested_absmax is not None).items():
+        argument, tensor = "weight" if field == "codes" else field, fields[field]
         check_device(op, argument, tensor, codes)
-        if tensor.dtype != torch.uint8:
+        if tensor is None or tensor.dtype != torch.uint8:
             expect(False, op, argument, f"uint8 of {size} bytes", tensor, TypeError)
-        if tensor.numel() != size:
+        elif tensor.numel() != size:
             expect(False, op, argument, f"uint8 of {size} bytes for {numel} weights in blocks of {block_size}", tensor)
 
 

@@ -1,0 +1,326 @@
+"""AdapterLinear: what the linear layers with LoRA adapters share, whatever their base weight is stored in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftrt import ops
+from peftrt.formats.nf4 import NF4Weight
+from peftrt.nn.routing import AdapterSet, Routing, current
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of a layer: its hyper-parameters, and its Parameters as they are now.
+
+    Attributes:
+        lora_A: ``[R, K]``.
+        lora_B: ``[N, R]``.
+        r, lora_alpha, lora_dropout, use_rslora: as given to ``add_adapter``.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+
+    @property
+    def scaling(self) -> float:
+        """s: alpha / R, or alpha / sqrt(R) for rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """s B A, fp32 [N, K]."""
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+
+@dataclass(frozen=True)
+class _Settings:
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+
+
+class AdapterLinear(nn.Module):
+    """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
+
+    The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own adapter
+    instead. An adapter's matrices are Parameters of the layer itself: ``lora_A`` and ``lora_B`` for the one called "default",
+    ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is: ``base_weight``.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    owner: AdapterSet
+
+    def _init_adapters(self) -> None:
+        self._settings: dict[str, _Settings] = {}
+        self._active: dict[str, float] = {}
+        self._merged: dict[str, float] | None = None
+        self._backup: dict[str, Tensor] = {}
+        self.owner = AdapterSet()
+
+    # -- the base, which subclasses hold ---------------------------------------------------------------------------------
+
+    def base_weight(self) -> Tensor | NF4Weight:
+        """W [N, K], without adapters unless they are merged."""
+        raise NotImplementedError
+
+    def _base(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    # -- adapters --------------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str = DEFAULT,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: bool | str = True,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> Adapter:
+        """Add a trainable adapter, not yet active, on the base's device.
+
+        Args:
+            name: a new name, without "." or "@".
+            r: R, at least 1.
+            lora_alpha: alpha.
+            lora_dropout: probability in [0, 1) that an element of the adapter's input is zeroed in training.
+            use_rslora: scale by alpha / sqrt(R).
+            init: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / R, B zero; False: both Kaiming-uniform,
+                so that the adapter changes the output from the start (for tests).
+            adapter_dtype: of A and B.
+
+        Raises:
+            ValueError: the name is taken or unusable, or a value is out of its range.
+        """
+        _check_new(name, self._settings, r, lora_alpha, lora_dropout, init)
+        factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
+        lora_A = torch.empty(r, self.in_features, **factory)
+        lora_B = torch.zeros(self.out_features, r, **factory)
+        if init == "gaussian":
+            nn.init.normal_(lora_A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        # past register_parameter, which would refuse "lora_A" because the property of that name exists
+        self._parameters[_key("lora_A", name)] = nn.Parameter(lora_A)
+        self._parameters[_key("lora_B", name)] = nn.Parameter(lora_B)
+        self._settings[name] = _Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
+        return self.adapter(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; it must exist and not be merged."""
+        self._expect_known(name)
+        if self._merged and name in self._merged:
+            raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
+        for field in ("lora_A", "lora_B"):
+            del self._parameters[_key(field, name)]
+        del self._settings[name]
+        self._active.pop(name, None)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names in the order in which they were added."""
+        return tuple(self._settings)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name; KeyError where there is none."""
+        self._expect_known(name)
+        settings = self._settings[name]
+        lora_A, lora_B = self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
+        assert lora_A is not None and lora_B is not None
+        return Adapter(
+            lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora
+        )
+
+    def set_active(self, names: str | Mapping[str, float] | None) -> None:
+        """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. Gradients' flags stay as they are.
+
+        Raises:
+            KeyError: an unknown name.
+            ValueError: a weight that is not finite, or adapters are merged.
+        """
+        weights = _as_weights(names)
+        for name in weights:
+            self._expect_known(name)
+        if self._merged is not None and weights != self._active:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before activating others")
+        self._active = weights
+
+    @property
+    def active(self) -> dict[str, float]:
+        """The active adapters and their weights."""
+        return dict(self._active)
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """A [R, K] of the active adapter; an error where there is not exactly one."""
+        return self._only_active().lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """B [N, R] of the active adapter; an error where there is not exactly one."""
+        return self._only_active().lora_B
+
+    @property
+    def scaling(self) -> float:
+        """s of the active adapter; an error where there is not exactly one."""
+        return self._only_active().scaling
+
+    def _only_active(self) -> Adapter:
+        if len(self._active) != 1:
+            # not AttributeError: nn.Module.__getattr__ would swallow the reason
+            raise LookupError(f"one active adapter is needed, there are {len(self._active)}: {sorted(self._active)}")
+        return self.adapter(next(iter(self._active)))
+
+    def _expect_known(self, name: str) -> None:
+        if name not in self._settings:
+            raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and :func:`peftrt.ops.multi_lora_linear`."""
+        routing = current(self.owner)
+        if routing is not None:
+            return self._routed(x, routing)
+        if self._merged is not None or not self._active:
+            return self._base(x)
+        return self._adapted(x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        parts = [(self.adapter(name), weight) for name, weight in self._active.items()]
+        dropouts = [adapter.lora_dropout if self.training else 0.0 for adapter, _ in parts]
+        first, weight = parts[0]
+        lora_A, lora_B, scaling = first.lora_A, first.lora_B, first.scaling * weight
+        if len(parts) > 1:
+            if len(set(dropouts)) > 1:
+                raise ValueError(f"active adapters train together only with one lora_dropout, got {sorted(set(dropouts))}")
+            # adapters in sum are one adapter of the summed rank
+            lora_A = torch.cat([adapter.lora_A for adapter, _ in parts])  # type: ignore[assignment]
+            scaled = [adapter.lora_B * (adapter.scaling * weight) for adapter, weight in parts]
+            lora_B, scaling = torch.cat(scaled, dim=1), 1.0  # type: ignore[assignment]
+        return ops.lora_linear(
+            x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0]
+        )
+
+    def _routed(self, x: Tensor, routing: Routing) -> Tensor:
+        if self._merged is not None:
+            raise ValueError(f"rows: adapters {sorted(self._merged)} are merged into the base; unmerge first")
+        slots = routing.held(self.adapter_names)
+        slot_ids = routing.slot_ids(slots, x)
+        if not slots:
+            return self._base(x)
+        adapters = [self.adapter(name) for name in slots]
+        table = ops.AdapterTable.stack([(a.lora_A, a.lora_B, a.scaling) for a in adapters])
+        if not self.training or not any(adapter.lora_dropout for adapter in adapters):
+            return ops.multi_lora_linear(x, self.base_weight(), table, slot_ids, self.bias)
+        share = torch.tensor([adapter.lora_dropout for adapter in adapters] + [0.0], device=x.device)
+        drop = share[slot_ids].view(*x.shape[:-1], 1)  # id -1 finds the last entry: rows without an adapter drop nothing
+        dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
+        return self._base(x) + ops.multi_lora_linear(dropped.to(x.dtype), None, table, slot_ids)
+
+    # -- merging ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> dict[str, float] | None:
+        """The adapters that are merged into the base, with their weights; None where none is."""
+        return None if self._merged is None else dict(self._merged)
+
+    def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
+        """``sum_a w_a s_a B_a A_a``, fp32 [N, K]; of the active adapters by default."""
+        weights = self._active if names is None else _as_weights(names)
+        delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
+        for name, weight in weights.items():
+            delta += weight * self.adapter(name).delta()
+        return delta
+
+    @torch.no_grad()
+    def merge(self, names: str | Mapping[str, float] | None = None, *, force: bool = False) -> None:
+        """Add adapters (by default the active ones) to the base weight, so that they cost nothing; ``unmerge`` takes them out.
+
+        Raises:
+            ValueError: already merged, or the base is NF4 and ``force`` is not set: requantising throws most of a
+                fine-tuning away, and the message says how much.
+        """
+        if self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are already merged")
+        weights = dict(self._active) if names is None else _as_weights(names)
+        for name in weights:
+            self._expect_known(name)
+        self._backup = self._merge_into_base(weights, force)
+        self._merged = weights
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before ``merge``, bit for bit; nothing where nothing is merged."""
+        if self._merged is None:
+            return
+        for name, tensor in self._backup.items():
+            now = self._parameters[name]
+            assert now is not None
+            dtype = now.dtype if tensor.is_floating_point() else tensor.dtype
+            restored = tensor.to(now.device, dtype)  # the layer may have been moved while merged
+            self._parameters[name] = restored if isinstance(restored, nn.Parameter) else nn.Parameter(restored, False)
+        self._merged, self._backup = None, {}
+
+    def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
+        """Replace the base's Parameters by merged ones; returns those replaced, by name."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sizes and adapters, as shown by ``print(model)``."""
+        ranks = ", ".join(f"{name}: r={settings.r}" for name, settings in self._settings.items())
+        return f"{super().extra_repr()}, adapters=({ranks}), active={list(self._active)}"
+
+
+def _key(field: str, name: str) -> str:
+    """Name of the Parameter that holds ``lora_A`` or ``lora_B`` of an adapter."""
+    return field if name == DEFAULT else f"{field}@{name}"
+
+
+def _as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
+    if names is None:
+        return {}
+    if isinstance(names, str):
+        return {names: 1.0}
+    weights = {name: float(weight) for name, weight in names.items()}
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"adapter {name!r}: weight must be finite, got {weight}")
+    return weights
+
+
+def _check_new(
+    name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float, init: bool | str
+) -> None:
+    if not isinstance(name, str) or not name or "." in name or "@" in name:
+        raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
+    if name in taken:
+        raise ValueError(f"adapter {name!r} exists already")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
+    if init not in (True, False, "gaussian"):
+        raise ValueError(f"init must be True, False or 'gaussian', got {init!r}")

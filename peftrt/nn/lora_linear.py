@@ -1,0 +1,218 @@
+"""LoRALinear and QLoRALinear: LoRA adapters over a dense and over an NF4 base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from peftrt.formats.nf4 import NF4Weight
+from peftrt.nn.adapter_linear import DEFAULT, AdapterLinear
+from peftrt.nn.nf4_linear import NF4Linear
+from peftrt.nn.source import carry_over, make_dense, read_dense
+
+
+class LoRALinear(AdapterLinear):
+    """A frozen dense linear layer with LoRA adapters: ``y = x W^T + b + s (drop(x) A^T) B^T``.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias [N].
+        r: R of the adapter that the layer begins with; None for a layer without adapters.
+        lora_alpha, lora_dropout, use_rslora, init, adapter_dtype: see :meth:`AdapterLinear.add_adapter`.
+        adapter_name: name of that adapter, which is active.
+        device, dtype: of the base weight and bias.
+
+    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685).
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int | None = 8,
+        adapter_name: str = DEFAULT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **adapter: Any,
+    ) -> None:
+        super().__init__()
+        self._take_over(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
+        _begin(self, r, adapter_name, adapter)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, *, r: int | None = 8, adapter_name: str = DEFAULT, **adapter: Any
+    ) -> Self:
+        """Wrap an ``nn.Linear`` or Conv1D, whose Parameters (now frozen), hooks and training flag are taken over.
+
+        Raises:
+            TypeError: another kind of module.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take_over(linear)
+        _begin(layer, r, adapter_name, adapter)
+        return layer
+
+    def _take_over(self, linear: nn.Module) -> None:
+        source = read_dense(linear)
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self._origin, self._transposed = type(linear), source.transposed
+        self.register_parameter("weight", linear.weight.requires_grad_(False))  # type: ignore[operator, arg-type]
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[operator, arg-type]
+        self._init_adapters()
+        carry_over(linear, self)
+
+    def base_weight(self) -> Tensor:
+        """W [N, K]; a view where Conv1D stores it as [K, N]."""
+        return self.weight.t() if self._transposed else self.weight
+
+    def _base(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.base_weight(), self.bias)
+
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dense layer with the active adapters in it, of the class that was wrapped."""
+        dtype = dtype or self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        return make_dense(self._origin, self._with_adapters(None).to(dtype, copy=True), bias, self._transposed)
+
+    def _with_adapters(self, weights: Mapping[str, float] | None) -> Tensor:
+        """fp32 W + delta; the bare W where nothing is to be added."""
+        wanted = self._active if weights is None else weights
+        if self._merged is not None or not wanted:
+            return self.base_weight()
+        return self.base_weight().float() + self.delta_weight(wanted)
+
+    def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
+        before = self.weight
+        merged = self._with_adapters(weights).to(before.dtype)
+        # a new Parameter: the old one is the backup, and a module that shares it keeps its own bits
+        self.weight = nn.Parameter(merged.t() if self._transposed else merged, requires_grad=False)
+        return {"weight": before}
+
+    def extra_repr(self) -> str:
+        """Sizes and adapters, as shown by ``print(model)``."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return sizes + super().extra_repr()
+
+
+class QLoRALinear(AdapterLinear, NF4Linear):
+    """A linear layer stored in NF4 with LoRA adapters: ``y = x W^T + b + s (drop(x) A^T) B^T``.
+
+    Args:
+        in_features, out_features, bias, block_size, double_quant, device, dtype: see :class:`NF4Linear`.
+        r, adapter_name, and the rest: see :class:`LoRALinear`.
+
+    Source: QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), equation 5.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int | None = 8,
+        adapter_name: str = DEFAULT,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **adapter: Any,
+    ) -> None:
+        NF4Linear.__init__(
+            self,
+            in_features,
+            out_features,
+            bias,
+            block_size=block_size,
+            double_quant=double_quant,
+            device=device,
+            dtype=dtype,
+        )
+        _begin(self, r, adapter_name, adapter)
+
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls,
+        linear: nn.Module,
+        *,
+        r: int | None = 8,
+        adapter_name: str = DEFAULT,
+        block_size: int = 64,
+        double_quant: bool = True,
+        **adapter: Any,
+    ) -> Self:
+        """Quantise an ``nn.Linear`` or Conv1D and add an adapter; bias, hooks and training flag are taken over.
+
+        Raises:
+            TypeError: another kind of module.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take_over(linear, block_size, double_quant)
+        _begin(layer, r, adapter_name, adapter)
+        return layer
+
+    def _take_over(self, linear: nn.Module, block_size: int, double_quant: bool) -> None:
+        super()._take_over(linear, block_size, double_quant)
+        self._init_adapters()
+
+    def base_weight(self) -> NF4Weight:
+        """W [N, K]."""
+        return self.nf4_weight()
+
+    def _base(self, x: Tensor) -> Tensor:
+        return NF4Linear.forward(self, x)
+
+    def _merged_weight(self, dtype: torch.dtype) -> Tensor:
+        if self._merged is not None or not self._active:
+            return self.nf4_weight().dequantize(dtype)
+        return (self.nf4_weight().dequantize(torch.float32) + self.delta_weight()).to(dtype)
+
+    def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
+        if not force:
+            raise ValueError(
+                f"merging into NF4 would lose {self.merge_loss(weights):.0%} of the change that {sorted(weights)} make, because "
+                "it is smaller than the steps between the 16 levels; export the merged model in bf16 (to_linear, "
+                "peftrt.export), or pass force=True"
+            )
+        names = [name for name in self._parameters if name.startswith("weight")]
+        before = {name: parameter for name in names if (parameter := self._parameters[name]) is not None}
+        self._set_weight(self._requantized(weights))
+        return before
+
+    def _requantized(self, weights: Mapping[str, float]) -> NF4Weight:
+        merged = self.nf4_weight().dequantize(torch.float32) + self.delta_weight(weights)
+        return NF4Weight.quantize(merged.to(self.weight_dtype), self.block_size, self.double_quant)
+
+    @torch.no_grad()
+    def merge_loss(self, names: str | Mapping[str, float] | None = None) -> float:
+        """Share of the adapters' change that requantising the merged weight would lose, in 0 ... 1.
+
+        ``1 - <W1 - W0, D> / <D, D>``, clipped, with D the adapters' delta, W0 the weight now and W1 the requantised sum.
+        """
+        delta = self.delta_weight(names)
+        weights = self._active if names is None else ({names: 1.0} if isinstance(names, str) else names)
+        change = self._requantized(weights).dequantize(torch.float32) - self.nf4_weight().dequantize(torch.float32)
+        norm = (delta * delta).sum().item()
+        return 0.0 if norm == 0.0 else min(1.0, max(0.0, 1.0 - (change * delta).sum().item() / norm))
+
+
+def _begin(layer: AdapterLinear, r: int | None, name: str, adapter: Mapping[str, Any]) -> None:
+    """Add and activate the adapter that a new layer begins with."""
+    if r is None:
+        if adapter:
+            raise ValueError(f"r is None, but {', '.join(sorted(adapter))} are given for an adapter")
+        return
+    layer.add_adapter(name, r=r, **adapter)
+    layer.set_active(name)
