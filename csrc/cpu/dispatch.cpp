@@ -1,0 +1,50 @@
+// The choice of instruction set, made once a process by CPUID.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#define PEFTRT_DECLARE_OPS(isa)                                                                     \
+  namespace isa {                                                                                   \
+  void nf4_dequantize(const Weight&, Dtype, void*, const Parallel&);                                \
+  void nf4_linear(const Weight&, Dtype, int64_t, const void*, const void*, void*, const Parallel&); \
+  void nf4_linear_dx(const Weight&, Dtype, int64_t, const void*, void*, const Parallel&);           \
+  }
+
+namespace peftrt::cpu {
+
+PEFTRT_DECLARE_OPS(portable)
+static const Kernels kPortable = {"portable", portable::nf4_dequantize, portable::nf4_linear, portable::nf4_linear_dx};
+
+#if defined(PEFTRT_HAS_AVX2)
+PEFTRT_DECLARE_OPS(avx2)
+static const Kernels kAvx2 = {"avx2", avx2::nf4_dequantize, avx2::nf4_linear, avx2::nf4_linear_dx};
+static bool runs_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+const Kernels* kernels_for(const char* isa) {
+  if (std::strcmp(isa, "portable") == 0) return &kPortable;
+#if defined(PEFTRT_HAS_AVX2)
+  if (std::strcmp(isa, "avx2") == 0 && runs_avx2()) return &kAvx2;
+#endif
+  return nullptr;
+}
+
+static const Kernels& choose() {
+  const char* forced = std::getenv("PEFTRT_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') {
+    if (const Kernels* found = kernels_for(forced)) return *found;
+  }
+  if (const Kernels* found = kernels_for("avx2")) return *found;
+  return kPortable;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace peftrt::cpu

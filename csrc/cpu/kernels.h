@@ -1,0 +1,49 @@
+// The CPU kernels as the binding sees them: raw pointers, no torch.
+//
+// Every function is safe for any n, k >= 0, any alignment, and reads and writes nothing outside the sizes given.
+// One table of functions an instruction set; `kernels()` picks by CPUID.
+#pragma once
+
+#include <cstdint>
+
+namespace peftrt::cpu {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+// An NF4 weight [n, k] in bitsandbytes' layout (nf4.h). absmax: one byte a block when nested, else fp32 bytes.
+struct Weight {
+  const uint8_t* codes;
+  const uint8_t* absmax;
+  const uint8_t* nested_absmax;  // fp32 bytes, one a 256 blocks; null when the statistics are not nested
+  float nested_offset;
+  int64_t n;
+  int64_t k;
+  int block_size;  // a power of two, at least 32
+};
+
+// How a kernel spreads over threads: run(tasks, body, context) calls body(begin, end, context) over [0, tasks) in
+// disjoint ranges, at most `threads` of them at a time.
+struct Parallel {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  int threads;
+  void (*run)(int64_t tasks, Body body, void* context);
+};
+
+struct Kernels {
+  const char* isa;
+  // out[i] = round(kNf4[code[i]] * scale[i / G]), n * k elements
+  void (*nf4_dequantize)(const Weight& w, Dtype dtype, void* out, const Parallel& parallel);
+  // out[m, n] = sum_k x[m, k] * W[n, k] + bias[n]; W rounded to dtype, sums in fp32; bias may be null
+  void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, void* out,
+                     const Parallel& parallel);
+  // out[m, k] = sum_n dy[m, n] * W[n, k]; W rounded to dtype, sums in fp32
+  void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, void* out, const Parallel& parallel);
+};
+
+// The best variant this CPU runs; PEFTRT_CPU_ISA=portable in the environment, read once, forces the plain one.
+const Kernels& kernels();
+
+// A named variant, or null when it is not compiled in or this CPU cannot run it.
+const Kernels* kernels_for(const char* isa);
+
+}  // namespace peftrt::cpu

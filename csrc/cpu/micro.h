@@ -1,0 +1,95 @@
+// The outer-product micro-kernel that forward and dX share, and the packing of what goes into it.
+//
+//   C[i, v] (+)= sum_p S[i, p] * B[p, v]      i < R rows of scalars, v < 8 V lanes, p < depth
+//
+// S is row-major with stride ld_s, B is [depth][8 V] packed, C is row-major with stride ld_c. Forward: S = decoded
+// weights (rows n), B = x transposed (lanes m). dX: S = dy (rows m), B = decoded weights (lanes k).
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace peftrt::cpu::PEFTRT_ISA {
+
+// R x V = 6 x 2 or 12 x 1 accumulators fill the registers of AVX2; the pragmas keep GCC from spilling them.
+template <int R, int V>
+inline void micro(int64_t depth, const float* s, int64_t ld_s, const float* b, float* c, int64_t ld_c, bool add_to_c) {
+  F acc[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[i][v] = zero();
+  for (int64_t p = 0; p < depth; ++p) {
+    F lane[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) lane[v] = loadu(b + p * 8 * V + 8 * v);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const F scalar = set1(s[i * ld_s + p]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[i][v] = fma(scalar, lane[v], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* at = c + i * ld_c + 8 * v;
+      storeu(at, add_to_c ? add(loadu(at), acc[i][v]) : acc[i][v]);
+    }
+}
+
+// `rows` rows, at most MaxR; an output's bits do not depend on how rows are grouped, since each has its own
+// accumulator.
+template <int MaxR, int V>
+inline void micro_rows(int64_t rows, int64_t depth, const float* s, int64_t ld_s, const float* b, float* c,
+                       int64_t ld_c, bool add_to_c) {
+  if constexpr (MaxR > 1) {
+    if (rows < MaxR) return micro_rows<MaxR - 1, V>(rows, depth, s, ld_s, b, c, ld_c, add_to_c);
+  }
+  micro<MaxR, V>(depth, s, ld_s, b, c, ld_c, add_to_c);
+}
+
+// `count` elements as floats; reads nothing past them.
+template <class T>
+inline void to_floats(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) storeu(to + i, load(from + i));
+  for (; i < count; ++i) {
+    T element;
+    std::memcpy(&element, from + i, sizeof element);
+    to[i] = to_float(element);
+  }
+}
+
+template <class T>
+inline void from_floats(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store(to + i, loadu(from + i));
+  for (; i < count; ++i) {
+    const T element = from_float<T>(from[i]);
+    std::memcpy(to + i, &element, sizeof element);
+  }
+}
+
+// x[0 .. rows, k0 .. k0 + depth) with row stride ld -> packed[p][lanes], lanes of rows past the last are zero.
+template <class T>
+inline void pack_transposed(const T* x, int64_t ld, int64_t rows, int64_t depth, int lanes, float* packed) {
+  for (int first = 0; first < lanes; first += 8) {
+    const int64_t present = rows - first < 0 ? 0 : (rows - first < 8 ? rows - first : 8);
+    int64_t p = 0;
+    for (; p + 8 <= depth; p += 8) {
+      F r[8];
+      for (int i = 0; i < 8; ++i) r[i] = i < present ? load(x + (first + i) * ld + p) : zero();
+      transpose8(r);
+      for (int i = 0; i < 8; ++i) storeu(packed + (p + i) * lanes + first, r[i]);
+    }
+    for (; p < depth; ++p)
+      for (int i = 0; i < 8; ++i) {
+        float value = 0.0f;
+        if (i < present) to_floats(x + (first + i) * ld + p, 1, &value);
+        packed[p * lanes + first + i] = value;
+      }
+  }
+}
+
+}  // namespace peftrt::cpu::PEFTRT_ISA

@@ -1,0 +1,42 @@
+// Loops over threads with a lambda, and scratch memory that lives as long as a call.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "cpu/kernels.h"
+
+namespace peftrt::cpu::PEFTRT_ISA {
+
+// body(begin, end) over disjoint ranges of [0, tasks).
+template <class Body>
+inline void for_ranges(const Parallel& parallel, int64_t tasks, const Body& body) {
+  if (tasks <= 0) return;
+  if (parallel.threads <= 1 || tasks == 1) return body(int64_t(0), tasks);
+  parallel.run(
+      tasks, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Uninitialised, aligned to a cache line.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace peftrt::cpu::PEFTRT_ISA

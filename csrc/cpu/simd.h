@@ -1,0 +1,19 @@
+// Eight floats at a time: the only thing that differs between instruction sets, chosen by a macro of the build.
+//
+// Each simd_<isa>.h defines, in namespace peftrt::cpu::<isa>:
+//   F                                        eight floats
+//   zero, set1, loadu, storeu, add, mul, fma  (a * b + c; fused where the hardware has it)
+//   load<T>, store<T>                         eight elements of float, bf16 or fp16, converted; RNE on the way out
+//   round_to<T>                               the nearest T, as a float; the identity for T = float
+//   sum                                       the sum of the eight, in one fixed order
+//   transpose8                                eight vectors of eight, in place
+//   decode64<T>(codes, s0, s1, sink)          32 bytes -> 64 weights round_to<T>(code * scale) in natural order:
+//   sink(j, F)
+//                                             has elements 8j .. 8j + 7; s0 scales the first 32 of them, s1 the rest
+#pragma once
+
+#if defined(PEFTRT_ISA_AVX2)
+#include "cpu/simd_avx2.h"
+#else
+#include "cpu/simd_portable.h"
+#endif

@@ -1,0 +1,69 @@
+// The portable eight floats: a vector extension that GCC and Clang lower to whatever the target has.
+#pragma once
+
+#include "cpu/half.h"
+#include "nf4.h"
+
+#define PEFTRT_INLINE inline __attribute__((always_inline))
+
+namespace peftrt::cpu::PEFTRT_ISA {
+
+typedef float F __attribute__((vector_size(32)));
+
+PEFTRT_INLINE F set1(float value) { return F{value, value, value, value, value, value, value, value}; }
+PEFTRT_INLINE F zero() { return set1(0.0f); }
+PEFTRT_INLINE F add(F a, F b) { return a + b; }
+PEFTRT_INLINE F mul(F a, F b) { return a * b; }
+PEFTRT_INLINE F fma(F a, F b, F c) { return a * b + c; }
+
+PEFTRT_INLINE F loadu(const float* p) {
+  F v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+PEFTRT_INLINE void storeu(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+PEFTRT_INLINE F load(const T* p) {
+  F v;
+  for (int i = 0; i < 8; ++i) {
+    T element;
+    std::memcpy(&element, p + i, sizeof element);
+    v[i] = to_float(element);
+  }
+  return v;
+}
+
+template <class T>
+PEFTRT_INLINE void store(T* p, F v) {
+  for (int i = 0; i < 8; ++i) {
+    const T element = from_float<T>(v[i]);
+    std::memcpy(p + i, &element, sizeof element);
+  }
+}
+
+template <class T>
+PEFTRT_INLINE F round_to(F v) {
+  for (int i = 0; i < 8; ++i) v[i] = to_float(from_float<T>(v[i]));
+  return v;
+}
+
+PEFTRT_INLINE float sum(F v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+PEFTRT_INLINE void transpose8(F r[8]) {
+  F t[8];
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) t[i][j] = r[j][i];
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+template <class T, class Sink>
+PEFTRT_INLINE void decode64(const uint8_t* codes, float s0, float s1, Sink&& sink) {
+  for (int j = 0; j < 8; ++j) {
+    F v;
+    for (int i = 0; i < 8; ++i) v[i] = kNf4[nibble(codes, 8 * j + i)];
+    sink(j, round_to<T>(mul(v, set1(j < 4 ? s0 : s1))));
+  }
+}
+
+}  // namespace peftrt::cpu::PEFTRT_ISA

@@ -1,0 +1,326 @@
+"""Compiles csrc/ into peftrt/_C: used by setup.py and by `python -m peftrt build`.
+
+Only the standard library is used, and torch is never imported: its headers and libtorch_cpu.so are all that is needed,
+and an isolated build sees them as a directory without being able to import them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+MODES = ("auto", "cpu", "cuda", "none")
+
+# torch/csrc/stable as of torch 2.11: the oldest release that the library runs on, whatever it is compiled against.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+# Contraction stays off: the nested scales are a product and a sum rounded apart (the kernels ask for FMA by name).
+COMMON_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off")
+WARNING_FLAGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
+
+# Every op file in csrc/cpu is compiled once for each of these; the choice falls at run time, by CPUID.
+ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"portable": (), "avx2": ("-mavx2", "-mfma", "-mf16c")},
+    "other": {"portable": ()},
+}
+
+
+class BuildError(RuntimeError):
+    """The native code was asked for and cannot be built; the message says why."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch, seen as a directory."""
+
+    root: Path
+    version: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be compiled (`targets`, empty for none), with what, and the reason when something is left out."""
+
+    targets: tuple[str, ...]
+    reason: str
+    csrc: Path | None = None
+    torch: Torch | None = None
+    compiler: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Unit:
+    source: Path
+    name: str
+    flags: tuple[str, ...]
+
+
+def library_name(target: str) -> str:
+    """The file name of one target's library, e.g. `libpeftrt_cpu.so`."""
+    return f"libpeftrt_{target}.so"
+
+
+def default_directory() -> Path:
+    """Where the libraries lie beside this file: peftrt/_C."""
+    return Path(__file__).resolve().parent / "_C"
+
+
+def find_csrc() -> Path | None:
+    """The C++ sources: shipped in an installed package as `_csrc`, beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "_csrc", here.parent / "csrc"):
+        if (candidate / "binding_cpu.cpp").is_file():
+            return candidate
+    return None
+
+
+def find_torch() -> Torch | None:
+    """The torch of the environment installed into: sys.path, then this prefix's site-packages, then $VIRTUAL_ENV.
+
+    The second and third are for pip's build isolation, which takes site-packages off sys.path and leaves sys.prefix.
+    """
+    candidates = [Path(entry) for entry in sys.path if entry]
+    candidates += [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
+    if os.environ.get("VIRTUAL_ENV"):
+        candidates += sorted(Path(os.environ["VIRTUAL_ENV"]).glob("lib*/python3*/site-packages"))
+    for site in candidates:
+        root = site / "torch"
+        if (root / "include/torch/csrc/stable/library.h").is_file() and (root / "lib/libtorch_cpu.so").is_file():
+            return Torch(root, _torch_version(root / "version.py"))
+    return None
+
+
+def _torch_version(path: Path) -> str:
+    for line in path.read_text("utf8").splitlines() if path.is_file() else ():
+        name, _, value = line.partition("=")
+        if name.strip() == "__version__":
+            return value.strip().strip("'\"")
+    return "unknown"
+
+
+def _too_old(version: str) -> bool:
+    parts = version.split("+")[0].split(".")
+    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
+        return False
+    return (int(parts[0]), int(parts[1])) < (2, 11)
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """$CXX (which may hold flags, such as `ccache g++`), or the first of c++, g++ and clang++ on the path."""
+    if os.environ.get("CXX"):
+        command = tuple(shlex.split(os.environ["CXX"]))
+        return command if command and shutil.which(command[0]) else None
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return (name,)
+    return None
+
+
+def plan(mode: str = "auto", csrc: Path | None = None) -> Plan:
+    """Decides what is built without building it.
+
+    Args:
+        mode: `auto` builds what can be built here, `cpu` and `cuda` demand it, `none` builds nothing.
+        csrc: the directory of the sources; searched for when None.
+
+    Raises:
+        BuildError: the mode is unknown, or demands what cannot be built here; the message says what is missing.
+    """
+    if mode not in MODES:
+        raise BuildError(f"PEFTRT_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "none":
+        return Plan((), "PEFTRT_BUILD=none")
+    csrc = csrc or find_csrc()
+    if mode == "cuda":
+        _check_cuda(csrc)
+    torch, compiler = find_torch(), find_compiler()
+    missing = ""
+    if csrc is None or not (csrc / "binding_cpu.cpp").is_file():
+        missing = "the C++ sources (csrc/) are not here"
+    elif sys.platform != "linux":
+        missing = f"the native library is for Linux, and this is {sys.platform}"
+    elif torch is None:
+        missing = "no torch with headers is installed in this environment"
+    elif _too_old(torch.version):
+        missing = f"torch {torch.version} in {torch.root} is older than 2.11"
+    elif compiler is None:
+        wanted = os.environ.get("CXX")
+        missing = (
+            f"the compiler CXX={wanted!r} is not found" if wanted else "no C++ compiler (c++, g++, clang++) is found"
+        )
+    if missing and mode != "auto":
+        raise BuildError(f"PEFTRT_BUILD={mode}: {missing}")
+    if missing:
+        hint = "; `python -m peftrt build` compiles later. Until then the slower reference in torch runs"
+        return Plan((), missing + hint)
+    return Plan(("cpu",), "", csrc, torch, compiler)
+
+
+def _check_cuda(csrc: Path | None) -> None:
+    if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
+        raise BuildError("PEFTRT_BUILD=cuda: nvcc is not found; put it on the path or name it in NVCC")
+    if csrc is None or not any((csrc / "cuda").glob("*.cu")):
+        raise BuildError("PEFTRT_BUILD=cuda: this release has no CUDA sources; on a GPU its kernels are Triton's")
+    raise BuildError("PEFTRT_BUILD=cuda: compiling csrc/cuda is not supported by this release")
+
+
+def source_files(csrc: Path) -> list[Path]:
+    """Every file that the native code is made of, headers included, in a fixed order."""
+    return sorted(path for path in csrc.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+
+
+def isa_names() -> tuple[str, ...]:
+    """The instruction sets that the kernels are compiled for on this machine's architecture."""
+    return tuple(_isa_table())
+
+
+def _isa_table() -> dict[str, tuple[str, ...]]:
+    return ISA_FLAGS["x86_64" if platform.machine().lower() in {"x86_64", "amd64"} else "other"]
+
+
+def kernel_units(csrc: Path, extra: tuple[str, ...] = ()) -> list[_Unit]:
+    """csrc/cpu as compiler calls: op files (nf4_*.cpp …) once an instruction set, everything else once."""
+    table = _isa_table()
+    units = []
+    for source in sorted((csrc / "cpu").glob("*.cpp")):
+        if source.name == "dispatch.cpp":
+            defines = tuple(f"-DPEFTRT_HAS_{isa.upper()}" for isa in table)
+            units.append(_Unit(source, source.stem, (*extra, *defines)))
+            continue
+        for isa, flags in table.items():
+            defines = (f"-DPEFTRT_ISA={isa}", f"-DPEFTRT_ISA_{isa.upper()}")
+            units.append(_Unit(source, f"{source.stem}_{isa}", (*extra, *defines, *flags)))
+    return units
+
+
+def _compiler_version(compiler: tuple[str, ...]) -> str:
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return (result.stdout or result.stderr).strip().splitlines()[0] if (result.stdout or result.stderr) else "unknown"
+
+
+def _fingerprint(chosen: Plan, units: list[_Unit], compiler: str) -> str:
+    assert chosen.csrc is not None
+    digest = hashlib.sha256()
+    for path in source_files(chosen.csrc):
+        digest.update(str(path.relative_to(chosen.csrc)).encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr([(unit.name, unit.flags) for unit in units]).encode())
+    digest.update(repr((COMMON_FLAGS, TORCH_TARGET_VERSION, compiler, platform.machine())).encode())
+    return digest.hexdigest()
+
+
+def read_stamp(directory: Path | None = None, target: str = "cpu") -> dict[str, object] | None:
+    """What a built library was made from (torch, compiler, flags, instruction sets), or None where there is none."""
+    path = (directory or default_directory()) / f"{library_name(target)}.json"
+    try:
+        return json.loads(path.read_text("utf8"))
+    except (OSError, ValueError):
+        return None
+
+
+def build(chosen: Plan, directory: Path | None = None, force: bool = False) -> list[Path]:
+    """Compiles a plan's targets, unless they are up to date.
+
+    Args:
+        chosen: what `plan` returned.
+        directory: where the libraries go; peftrt/_C when None.
+        force: compile even where nothing has changed.
+
+    Returns:
+        The libraries' paths.
+
+    Raises:
+        BuildError: the compiler failed; the message has its command and its output.
+    """
+    directory = directory or default_directory()
+    return [_build_cpu(chosen, directory, force) for target in chosen.targets if target == "cpu"]
+
+
+def _build_cpu(chosen: Plan, directory: Path, force: bool) -> Path:
+    assert chosen.csrc is not None
+    assert chosen.torch is not None
+    library = directory / library_name("cpu")
+    include = chosen.torch.root / "include"
+    units = kernel_units(chosen.csrc)
+    binding = _Unit(chosen.csrc / "binding_cpu.cpp", "binding_cpu", (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",))
+    compiler = _compiler_version(chosen.compiler)
+    fingerprint = _fingerprint(chosen, [*units, binding], compiler)
+    stamp = read_stamp(directory)
+    if not force and library.is_file() and stamp is not None and stamp.get("fingerprint") == fingerprint:
+        return library
+    print(f"peftrt: compiling {library.name} against torch {chosen.torch.version} with {compiler}", file=sys.stderr)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The temporary directory is on the same filesystem as the library, so that the last step is one rename.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as scratch:
+        jobs = [
+            (_compile_command(chosen, unit, Path(scratch), None if unit is not binding else include), unit)
+            for unit in [binding, *units]
+        ]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            for _ in pool.map(lambda job: _call(job[0]), jobs):
+                pass
+        built = Path(scratch) / library.name
+        objects = [str(Path(scratch) / f"{unit.name}.o") for _, unit in jobs]
+        libs = [f"-L{chosen.torch.root / 'lib'}", "-ltorch_cpu"]
+        # No rpath: torch is in the process before the library is loaded, and is then found by its soname.
+        _call([*chosen.compiler, "-shared", "-o", str(built), *objects, *libs, "-Wl,-z,defs", "-Wl,--as-needed"])
+        os.replace(built, library)
+    record = {
+        "fingerprint": fingerprint,
+        "torch": chosen.torch.version,
+        "compiler": compiler,
+        "flags": " ".join(COMMON_FLAGS),
+        "isa": {isa: " ".join(flags) for isa, flags in _isa_table().items()},
+    }
+    temporary = directory / f".{library.name}.json.{os.getpid()}"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf8")
+    os.replace(temporary, directory / f"{library.name}.json")
+    return library
+
+
+def _compile_command(chosen: Plan, unit: _Unit, scratch: Path, torch_include: Path | None) -> list[str]:
+    # Torch's headers are system headers: their warnings are not ours. Only the binding sees them.
+    includes = ["-isystem", str(torch_include)] if torch_include else []
+    output = ["-c", str(unit.source), "-o", str(scratch / f"{unit.name}.o")]
+    return [*chosen.compiler, *COMMON_FLAGS, *WARNING_FLAGS, *unit.flags, f"-I{chosen.csrc}", *includes, *output]
+
+
+def _call(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        output = (result.stderr or result.stdout).strip()
+        raise BuildError(f"the compiler failed ({result.returncode}):\n{shlex.join(command)}\n{output}")
+    if result.stderr.strip():
+        print(result.stderr, file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python peftrt/_build.py [--force] [auto|cpu|cuda|none]`: the build without importing peftrt."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    force = "--force" in arguments
+    modes = [argument for argument in arguments if argument != "--force"]
+    try:
+        chosen = plan(modes[0] if modes else os.environ.get("PEFTRT_BUILD", "auto"))
+        libraries = build(chosen, force=force)
+    except BuildError as error:
+        print(f"peftrt: {error}", file=sys.stderr)
+        return 1
+    for library in libraries:
+        print(f"peftrt: {library} is up to date")
+    if not libraries:
+        print(f"peftrt: nothing is built: {chosen.reason}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
