@@ -1,0 +1,281 @@
+"""LoRA's configuration: HF peft's field names, checked when it is made, read from and written to peft's JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftrt.adapters.pattern import compile_bounded
+from peftrt.adapters.peft_fields import read_fields
+from peftrt.formats.errors import ConfigError, UnsupportedError
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 65536
+MAX_LAYER = 1 << 20
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+_MAX_LIST = 65536
+_MAX_PATTERNS = 16384
+_MAX_EXPRESSIONS = 256
+_FP32_MAX = 3.4028234663852886e38
+
+# A pattern of these alone means the same to `re` and to the comparison below, '.' standing for any character.
+_PLAIN = re.compile(r"[\w.\-]+")
+_PLAIN_LAYER = re.compile(r"\w+(\.\w+)*")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt with LoRA, and how: y = x W^T + scaling * (x A^T) B^T with scaling = lora_alpha / r.
+
+    The fields are HF peft's. Lists may be given as any sequence or set of `str`; they are kept as tuples.
+
+    Args:
+        r: rank, 1 to 65536.
+        lora_alpha: numerator of the scaling, finite.
+        target_modules: names, each matching a module of that path or of that last part of the path; or one regular
+            expression for whole paths; or "all-linear". There is no default: peft's depends on the model's type.
+        lora_dropout: probability in [0, 1) that an element of the adapter's input is dropped in training.
+        bias: "none"; peft's "all" and "lora_only" are not supported.
+        fan_in_fan_out: the base stores [in, out], as GPT-2's Conv1D does.
+        use_rslora: scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        init_lora_weights: True (A Kaiming-uniform, B zero; Hu et al. 2021, https://arxiv.org/abs/2106.09685),
+            "gaussian" (A normal with deviation 1/r, B zero), or False (both random).
+        rank_pattern, alpha_pattern: regular expression for the end of a path -> its own r or lora_alpha; the first that
+            matches holds.
+        layers_to_transform, layers_pattern: only layers of these indices; the name of the list of layers.
+        modules_to_save: names of modules that are trained and saved in full.
+        exclude_modules: names or a regular expression of modules to leave out.
+        task_type, base_model_name_or_path, revision, inference_mode: recorded, as in peft.
+
+    Raises:
+        ConfigError: a field of a wrong type or out of its range, named in the message.
+        UnsupportedError: a value that peft has and peftrt does not.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        _rank("r", self.r)
+        _number("lora_alpha", self.lora_alpha)
+        self._check_targets()
+        self._check_switches()
+        self._check_patterns()
+        self._check_layers()
+        for path, rank, alpha in self._scalings():
+            if not abs(_scaling(rank, alpha, self.use_rslora)) <= _FP32_MAX:
+                raise ConfigError(
+                    f"lora_alpha{path} = {alpha} at rank {rank}: the scaling is beyond the range of float32"
+                )
+
+    def rank_for(self, path: str) -> int:
+        """The rank of the module at `path`: the first entry of `rank_pattern` that matches the end of it, else `r`."""
+        key = pattern_key(self.rank_pattern, path, "rank_pattern")
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_for(self, path: str) -> float:
+        """`lora_alpha` of the module at `path`, `alpha_pattern` considered."""
+        key = pattern_key(self.alpha_pattern, path, "alpha_pattern")
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scaling_for(self, path: str) -> float:
+        """What the module's B A is multiplied by: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        return _scaling(self.rank_for(path), self.alpha_for(path), self.use_rslora)
+
+    @property
+    def targets_all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def to_peft_dict(self, *, inference_mode: bool = True) -> dict[str, Any]:
+        """The contents of peft's `adapter_config.json`; what peft saves is marked for inference."""
+        fields = {name: _json_value(getattr(self, name)) for name in self.__dataclass_fields__}
+        # Named although they are peft's defaults: programs that are not peft look for them.
+        return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "use_dora": False, "lora_bias": False}
+
+    @classmethod
+    def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
+        """Make a configuration of the contents of an `adapter_config.json`.
+
+        Args:
+            values: the JSON object.
+            source: the file, named in errors.
+
+        Raises:
+            ConfigError: `peft_type`, `r` or `target_modules` is missing, or a field is bad.
+            UnsupportedError: another `peft_type`, or a field that would change the result and is not supported.
+        """
+        fields = read_fields(values, source, known=frozenset(cls.__dataclass_fields__))
+        try:
+            return cls(**fields)
+        except ConfigError as error:
+            raise type(error)(f"{source}: {error}") from None
+
+    def _check_targets(self) -> None:
+        if self.target_modules is None:
+            raise ConfigError(f"target_modules: name the modules to adapt, or {ALL_LINEAR!r}; got None")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if not value:
+                    raise ConfigError(f"{name}: must not be empty")
+                if name == "exclude_modules" or not self.targets_all_linear:
+                    compile_bounded(value, name)
+            elif value is not None:
+                self._keep(name, _names(name, value))
+        if not self.target_modules:
+            raise ConfigError("target_modules: must not be empty")
+        if self.modules_to_save is not None:
+            names = _names("modules_to_save", self.modules_to_save)
+            for entry in names:
+                if not _PLAIN.fullmatch(entry):
+                    raise ConfigError(f"modules_to_save: expected names of modules, got {entry!a}")
+            self._keep("modules_to_save", names or None)
+
+    def _check_switches(self) -> None:
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!a}")
+        _number("lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout}")
+        if self.bias in ("all", "lora_only"):
+            raise UnsupportedError(f"bias: {self.bias!r} trains the base's biases, which is not supported; use 'none'")
+        if self.bias != "none":
+            raise ConfigError(f"bias: expected 'none', got {self.bias!a}")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian":
+            raise UnsupportedError(
+                f"init_lora_weights: {self.init_lora_weights!a} is not supported; use True, False or 'gaussian'"
+            )
+        if not isinstance(self.init_lora_weights, bool | str):
+            raise ConfigError(f"init_lora_weights: expected true, false or 'gaussian', got {self.init_lora_weights!a}")
+        for name in ("task_type", "base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}: expected a string, got {value!a}")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ConfigError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {self.task_type!a}")
+
+    def _check_patterns(self) -> None:
+        for name, check in (("rank_pattern", _rank), ("alpha_pattern", _number)):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name}: expected a map from regular expressions to numbers, got {value!a}")
+            if len(value) > _MAX_PATTERNS:
+                raise ConfigError(f"{name}: {len(value)} entries, at most {_MAX_PATTERNS} are accepted")
+            expressions = 0
+            for key, number in value.items():
+                if not isinstance(key, str) or not key:
+                    raise ConfigError(f"{name}: keys must be strings that are not empty, got {key!a}")
+                check(f"{name}[{key!a}]", number)
+                if not _PLAIN.fullmatch(key):
+                    expressions += 1
+                    compile_bounded(_path_end(key), name)
+            if expressions > _MAX_EXPRESSIONS:
+                raise ConfigError(f"{name}: {expressions} regular expressions, at most {_MAX_EXPRESSIONS} are accepted")
+            self._keep(name, dict(value))
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        if isinstance(self.target_modules, str) and (layers is not None or pattern is not None):
+            name = "layers_to_transform" if layers is not None else "layers_pattern"
+            raise ConfigError(f"{name}: cannot be used when target_modules is a string")
+        if layers is not None:
+            indices: Any = (layers,) if isinstance(layers, int) else layers
+            if not isinstance(indices, Sequence | set | frozenset) or isinstance(indices, str):
+                raise ConfigError(f"layers_to_transform: expected an integer or a list of them, got {layers!a}")
+            for index in indices:
+                if type(index) is not int or not 0 <= index < MAX_LAYER:
+                    raise ConfigError(f"layers_to_transform: expected integers in [0, {MAX_LAYER}), got {index!a}")
+            self._keep("layers_to_transform", layers if isinstance(layers, int) else tuple(sorted(indices)))
+        if pattern is not None:
+            names = (pattern,) if isinstance(pattern, str) else _names("layers_pattern", pattern)
+            for entry in names:
+                if entry and not _PLAIN_LAYER.fullmatch(entry):
+                    raise ConfigError(f"layers_pattern: expected names such as 'layers' or 'h', got {entry!a}")
+            if any(names) and layers is None:
+                raise ConfigError("layers_pattern: needs layers_to_transform as well")
+            self._keep("layers_pattern", pattern if isinstance(pattern, str) else names)
+
+    def _scalings(self) -> list[tuple[str, int, float]]:
+        ranks = [self.r, *self.rank_pattern.values()]
+        alphas = [("", self.lora_alpha), *((f" of {key!a}", alpha) for key, alpha in self.alpha_pattern.items())]
+        return [(path, min(ranks), alpha) for path, alpha in alphas]
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def pattern_key(patterns: Mapping[str, Any], path: str, source: str) -> str | None:
+    """The first key of `rank_pattern` or `alpha_pattern` that matches the end of `path`, as peft: `(.*\\.)?(key)$`."""
+    for key in patterns:
+        if _PLAIN.fullmatch(key):
+            if _ends_in(path, key):
+                return key
+        elif compile_bounded(_path_end(key), source).match(path):
+            return key
+    return None
+
+
+def _ends_in(path: str, key: str) -> bool:
+    if path == key:
+        return True
+    start = len(path) - len(key)
+    if start < 0 or (start > 0 and path[start - 1] != ".") or "\n" in path:
+        return False
+    return path.endswith(key) or all(want in (".", char) for want, char in zip(key, path[start:], strict=True))
+
+
+def _path_end(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def _rank(name: str, value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise ConfigError(f"{name}: expected an integer from 1 to {MAX_RANK}, got {value!a}")
+
+
+def _number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not abs(value) <= _FP32_MAX:
+        raise ConfigError(f"{name}: expected a finite number, got {value!a}")
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise ConfigError(f"{name}: expected a list of names, got {value!a}")
+    for entry in value:
+        if not isinstance(entry, str) or not entry:
+            raise ConfigError(f"{name}: expected names that are not empty, got {entry!a}")
+    if len(value) > _MAX_LIST:
+        raise ConfigError(f"{name}: {len(value)} entries, at most {_MAX_LIST} are accepted")
+    # A set has no order of its own; sorted, what is saved does not depend on the run.
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

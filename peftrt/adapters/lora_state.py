@@ -1,0 +1,91 @@
+"""A LoRA adapter's tensors, held against its configuration before anything is built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.match import matches, unmatched_targets
+from peftrt.formats.errors import FormatError, UnsupportedError
+from peftrt.formats.peft_dir import split_key
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraState:
+    """An adapter's tensors by module.
+
+    Attributes:
+        pairs: path -> (lora_A [R, K], lora_B [N, R]).
+        saved: path of a module in `modules_to_save` -> its parameters and buffers by name.
+    """
+
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def validate_lora_tensors(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], source: str = "adapter_model.safetensors"
+) -> LoraState:
+    """Sort an adapter's tensors by module, once they are known to fit the configuration and each other.
+
+    Args:
+        config: the adapter's configuration.
+        tensors: peft's keys -> tensors.
+        source: the file, named in errors.
+
+    Raises:
+        UnsupportedError: a `lora_B.bias`.
+        FormatError: a key of no known form, A without B, a shape, rank or dtype that does not fit, a module that
+            `target_modules` does not name, or a target that no tensor answers to.
+    """
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    state = LoraState()
+    for key, tensor in tensors.items():
+        try:
+            path, part, leaf = split_key(key, tuple(config.modules_to_save or ()))
+        except FormatError as error:
+            raise FormatError(f"{source}: {error}") from None
+        if part == "lora_B.bias":
+            raise UnsupportedError(f"{source}: key {key!a}: a bias of lora_B (lora_bias) is not supported")
+        if part == "saved":
+            state.saved.setdefault(path, {})[leaf] = tensor
+            continue
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise FormatError(f"{source}: key {key!a}: expected a matrix that is not empty, got {tuple(tensor.shape)}")
+        halves.setdefault(path, {})[part] = tensor
+    for path, parts in halves.items():
+        state.pairs[path] = _pair(path, parts, config, source)
+    unmatched = unmatched_targets(config, state.pairs)
+    if unmatched:
+        raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
+    return state
+
+
+def _pair(
+    path: str, parts: Mapping[str, torch.Tensor], config: LoraConfig, source: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+        if part not in parts:
+            raise FormatError(f"{source}: module {path!a} has {other} but no {part}")
+    lora_a, lora_b = parts["lora_A"], parts["lora_B"]
+    if not matches(path, config):
+        raise FormatError(f"{source}: module {path!a} has tensors, but the configuration does not target it")
+    if lora_a.shape[0] != lora_b.shape[1]:
+        raise FormatError(
+            f"{source}: module {path!a}: the ranks of lora_A {tuple(lora_a.shape)} and of lora_B "
+            f"{tuple(lora_b.shape)} differ"
+        )
+    rank = config.rank_for(path)
+    if lora_a.shape[0] != rank:
+        raise FormatError(
+            f"{source}: module {path!a}: lora_A has {lora_a.shape[0]} rows, the configuration says rank {rank} "
+            f"(r or rank_pattern)"
+        )
+    return lora_a, lora_b
