@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftrt.nn import replay
+
 
 class AdapterSet:
     """What the adapted layers of one model share: the identity that routings name, and the adapters' configurations."""
@@ -27,6 +29,8 @@ class Routing:
 
     def __init__(self, names: Sequence[str | None], expand: int = 1) -> None:
         self.names = tuple(name for name in names for _ in range(expand))
+        # the backward it was made in: a checkpointed region may hold a block of its own
+        self.made_in = replay.backward_number()
         self._slot_ids: dict[tuple[tuple[str, ...], int, torch.device], Tensor] = {}
 
     def held(self, candidates: Sequence[str]) -> tuple[str, ...]:
@@ -56,17 +60,28 @@ class Routing:
 
 
 _routings: ContextVar[dict[int, Routing] | None] = ContextVar("peftrt_routings", default=None)
-# Routings open in any thread. While there is none, a look-up costs one test, and torch.compile, which cannot trace a ContextVar,
-# compiles layers without a graph break.
+# Routings open in any thread. While there is none, a look-up costs one test, and torch.compile, which cannot trace a
+# ContextVar, compiles layers without a graph break.
 _open: dict[int, Routing] = {}
 
 
 def current(owner: AdapterSet) -> Routing | None:
-    """The routing that this thread's calls of the owner's layers run under."""
+    """The routing that this thread's calls of the owner's layers run under; in a backward, that of their forward."""
+    if not torch.compiler.is_compiling() and replay.backward_number() != -1:
+        return _in_backward(owner)
     if not _open:
         return None
     routings = _routings.get()
     return None if routings is None else routings.get(id(owner))
+
+
+def _in_backward(owner: AdapterSet) -> Routing | None:
+    """The routing of a layer that a checkpoint runs again: a block inside the region itself, or the one around its forward."""
+    opened = (_routings.get() or {}).get(id(owner))
+    if opened is not None and opened.made_in == replay.backward_number():
+        return opened
+    names = replay.recall(owner)
+    return None if names is None else Routing(names)
 
 
 @contextmanager
@@ -75,8 +90,10 @@ def routed(owner: AdapterSet, names: Sequence[str | None], expand: int = 1) -> I
     routing = Routing(names, expand)
     token = _routings.set({**(_routings.get() or {}), id(owner): routing})
     _open[id(routing)] = routing
+    span = replay.begin(owner, routing.names)
     try:
         yield routing
     finally:
+        replay.end(span)
         del _open[id(routing)]
         _routings.reset(token)
