@@ -90,7 +90,8 @@ def require_inside(root: str | os.PathLike[str], path: str | os.PathLike[str]) -
     real_root = os.path.realpath(root)
     real = os.path.realpath(path)
     if real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep):
-        raise AdapterNameError(f"path {_show(os.fspath(path))} leads out of {_show(os.fspath(root))}, to {_show(real)}")
+        shown, out_of, to = (_show(os.fspath(text), limit=512) for text in (path, root, real))
+        raise AdapterNameError(f"path {shown} leads out of {out_of}, to {to}")
     return Path(real)
 
 
@@ -113,8 +114,8 @@ def _fold(name: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
-def _show(text: str) -> str:
-    return ascii(text if len(text) <= 80 else text[:77] + "...")
+def _show(text: str, limit: int = 80) -> str:
+    return ascii(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 @functools.cache
