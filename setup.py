@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from setuptools import Command, find_packages, setup
+from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -64,6 +64,13 @@ class BuildNative(Command):
         return {}
 
 
+class NativeDistribution(Distribution):
+    """Says that there is machine code, so that setuptools files the package under platlib."""
+
+    def has_ext_modules(self):
+        return bool(PLAN.targets)
+
+
 class Build(build):
     sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
 
@@ -71,16 +78,13 @@ class Build(build):
 class BdistWheel(bdist_wheel):
     """The library links neither libpython nor a torch release, so one wheel a platform serves every Python 3."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = not PLAN.targets
-
     def get_tag(self):
         platform = super().get_tag()[2]
         return ("py3", "none", platform if PLAN.targets else "any")
 
 
 setup(
+    distclass=NativeDistribution,
     packages=[
         *find_packages(str(ROOT), include=["peftrt", "peftrt.*"]),
         "peftrt.kernels",
