@@ -1,8 +1,8 @@
 """NF4 weights: the codebooks, and the one stored form, which is bitsandbytes' bytes.
 
-NF4 is the information-theoretically motivated 4-bit data type of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3):
-sixteen levels, one fp32 scale ("absmax") a block of consecutive weights. Nested ("double") quantisation stores the scales
-themselves in 8 bits, with one fp32 scale for every 256 of them and their mean as an offset.
+NF4 is the information-theoretically motivated 4-bit data type of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section
+3): sixteen levels, one fp32 scale ("absmax") a block of consecutive weights. Nested ("double") quantisation stores the
+scales themselves in 8 bits, with one fp32 scale for every 256 of them and their mean as an offset.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ NF4_CODEBOOK = torch.tensor(
 
 
 def _dynamic_codebook() -> Tensor:
-    """The signed dynamic 8-bit map (Dettmers 2015, arXiv:1511.04561): 7 decades, each split evenly and finer the larger.
+    """The signed dynamic 8-bit map (Dettmers 2015, arXiv:1511.04561): 7 decades, split finer the larger.
 
-    Decade i in 0..6 spans 10^(i-6) x [0.1, 1] by the midpoints of 2^i equal steps, with either sign; 0 and 1 complete the
-    256 values. They are computed in fp32, in this order of operations, because the bytes must match bitsandbytes'.
+    Decade i in 0..6 spans 10^(i-6) x [0.1, 1] by the midpoints of 2^i equal steps, with either sign; 0 and 1 complete
+    the 256 values. They are computed in fp32, in this order of operations, because the bytes must match bitsandbytes'.
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -68,7 +68,7 @@ def midpoints(codebook: Tensor) -> Tensor:
 
 
 def float_bytes(values: Tensor) -> Tensor:
-    """fp32 [..., n] as its bytes, uint8 [..., 4 n]: scales are stored so that no cast of a model's dtype touches them."""
+    """fp32 [..., n] as its bytes, uint8 [..., 4 n], which no cast of a model's dtype touches."""
     return values.to(torch.float32).contiguous().view(torch.uint8)
 
 
@@ -87,9 +87,9 @@ class NF4Weight:
     Attributes:
         codes: uint8, two codes a byte, the first in the high nibble. ``[N, K/2]`` for a matrix with K a multiple of
             ``block_size``, so that it can be sharded by rows; otherwise flat, ``[ceil(numel/2)]``.
-        absmax: uint8 scales of the blocks. Nested: one 8-bit code a block, ``[N, K/block_size]`` or ``[blocks]``. Not nested:
-            fp32 bytes, four a block.
-        nested_absmax: uint8 ``[4 ceil(blocks/256)]``, the fp32 bytes of the scales of ``absmax``; None where not nested.
+        absmax: uint8 scales of the blocks. Nested: one 8-bit code a block, ``[N, K/block_size]`` or ``[blocks]``. Not
+            nested: fp32 bytes, four a block.
+        nested_absmax: uint8 ``[4 ceil(blocks/256)]``, fp32 bytes of the scales of ``absmax``; None where not nested.
         nested_offset: uint8 ``[4]``, the fp32 bytes of the mean of the scales; None where not nested.
         shape: shape of the weight.
         dtype: dtype of the weight that was quantised: fp32, bf16 or fp16; what :meth:`dequantize` gives by default.
@@ -182,7 +182,8 @@ class NF4Weight:
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on another device; the dtype never changes."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
     def to_bnb(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The state dict that bitsandbytes 0.50 writes for this weight, with keys under ``prefix``."""
@@ -221,18 +222,26 @@ class NF4Weight:
         blocks = -(-math.prod(shape) // block_size)
         if "nested_offset" in state:
             _expect_codebook(state_dict, f"{prefix}.nested_quant_map", DYNAMIC_CODEBOOK)
-            _expect(state_dict[f"{prefix}.absmax"].dtype == torch.uint8, f"{prefix}.absmax", "uint8 where scales are nested")
+            _expect(
+                state_dict[f"{prefix}.absmax"].dtype == torch.uint8, f"{prefix}.absmax", "uint8 where scales are nested"
+            )
             nested = state_dict[f"{prefix}.nested_absmax"].reshape(-1)
-            _expect(nested.numel() == -(-blocks // NESTED_BLOCK_SIZE), f"{prefix}.nested_absmax", "one scale for 256 blocks")
+            _expect(
+                nested.numel() == -(-blocks // NESTED_BLOCK_SIZE), f"{prefix}.nested_absmax", "one scale for 256 blocks"
+            )
             nested_absmax = float_bytes(nested)
             nested_offset = float_bytes(torch.tensor([state["nested_offset"]], device=codes.device))
         else:
             _expect(absmax.dtype == torch.float32, f"{prefix}.absmax", "float32 where scales are not nested")
-        _expect(codes.numel() >= (math.prod(shape) + 1) // 2, prefix, f"{(math.prod(shape) + 1) // 2} bytes for {shape}")
+        _expect(
+            codes.numel() >= (math.prod(shape) + 1) // 2, prefix, f"{(math.prod(shape) + 1) // 2} bytes for {shape}"
+        )
         _expect(absmax.numel() == blocks, f"{prefix}.absmax", f"{blocks} scales for shape {shape}, block {block_size}")
         codes = codes[: (math.prod(shape) + 1) // 2]  # a wider quant_storage may have padded the end
         absmax = absmax if nested_absmax is not None else float_bytes(absmax)
-        return cls.assemble(codes, absmax, nested_absmax, nested_offset, shape, getattr(torch, state["dtype"]), block_size)
+        return cls.assemble(
+            codes, absmax, nested_absmax, nested_offset, shape, getattr(torch, state["dtype"]), block_size
+        )
 
 
 def stored_sizes(numel: int, block_size: int, nested: bool) -> dict[str, int]:

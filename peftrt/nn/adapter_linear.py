@@ -56,13 +56,15 @@ class _Settings:
 class AdapterLinear(nn.Module):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
-    The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own adapter
-    instead. An adapter's matrices are Parameters of the layer itself: ``lora_A`` and ``lora_B`` for the one called "default",
-    ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is: ``base_weight``.
+    The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own
+    adapter instead. An adapter's matrices are Parameters of the layer itself: ``lora_A`` and ``lora_B`` for the one
+    called "default", ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is:
+    ``base_weight``.
     """
 
     in_features: int
     out_features: int
+    weight: Tensor
     bias: Tensor | None
     owner: AdapterSet
 
@@ -73,16 +75,12 @@ class AdapterLinear(nn.Module):
         self._backup: dict[str, Tensor] = {}
         self.owner = AdapterSet()
 
-    # -- the base, which subclasses hold ---------------------------------------------------------------------------------
-
     def base_weight(self) -> Tensor | NF4Weight:
         """W [N, K], without adapters unless they are merged."""
         raise NotImplementedError
 
     def _base(self, x: Tensor) -> Tensor:
         raise NotImplementedError
-
-    # -- adapters --------------------------------------------------------------------------------------------------------
 
     def add_adapter(
         self,
@@ -103,8 +101,8 @@ class AdapterLinear(nn.Module):
             lora_alpha: alpha.
             lora_dropout: probability in [0, 1) that an element of the adapter's input is zeroed in training.
             use_rslora: scale by alpha / sqrt(R).
-            init: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / R, B zero; False: both Kaiming-uniform,
-                so that the adapter changes the output from the start (for tests).
+            init: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / R, B zero; False: both
+                Kaiming-uniform, so that the adapter changes the output from the start (for tests).
             adapter_dtype: of A and B.
 
         Raises:
@@ -146,13 +144,12 @@ class AdapterLinear(nn.Module):
         self._expect_known(name)
         settings = self._settings[name]
         lora_A, lora_B = self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
-        assert lora_A is not None and lora_B is not None
-        return Adapter(
-            lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora
-        )
+        assert lora_A is not None
+        assert lora_B is not None
+        return Adapter(lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora)
 
     def set_active(self, names: str | Mapping[str, float] | None) -> None:
-        """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. Gradients' flags stay as they are.
+        """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. ``requires_grad`` stays.
 
         Raises:
             KeyError: an unknown name.
@@ -195,8 +192,6 @@ class AdapterLinear(nn.Module):
         if name not in self._settings:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and :func:`peftrt.ops.multi_lora_linear`."""
         routing = current(self.owner)
@@ -213,14 +208,14 @@ class AdapterLinear(nn.Module):
         lora_A, lora_B, scaling = first.lora_A, first.lora_B, first.scaling * weight
         if len(parts) > 1:
             if len(set(dropouts)) > 1:
-                raise ValueError(f"active adapters train together only with one lora_dropout, got {sorted(set(dropouts))}")
+                raise ValueError(
+                    f"active adapters train together only with one lora_dropout, got {sorted(set(dropouts))}"
+                )
             # adapters in sum are one adapter of the summed rank
             lora_A = torch.cat([adapter.lora_A for adapter, _ in parts])  # type: ignore[assignment]
             scaled = [adapter.lora_B * (adapter.scaling * weight) for adapter, weight in parts]
             lora_B, scaling = torch.cat(scaled, dim=1), 1.0  # type: ignore[assignment]
-        return ops.lora_linear(
-            x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0]
-        )
+        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0])
 
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         if self._merged is not None:
@@ -234,11 +229,10 @@ class AdapterLinear(nn.Module):
         if not self.training or not any(adapter.lora_dropout for adapter in adapters):
             return ops.multi_lora_linear(x, self.base_weight(), table, slot_ids, self.bias)
         share = torch.tensor([adapter.lora_dropout for adapter in adapters] + [0.0], device=x.device)
-        drop = share[slot_ids].view(*x.shape[:-1], 1)  # id -1 finds the last entry: rows without an adapter drop nothing
+        # id -1 finds the last entry: rows without an adapter drop nothing
+        drop = share[slot_ids].view(*x.shape[:-1], 1)
         dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
         return self._base(x) + ops.multi_lora_linear(dropped.to(x.dtype), None, table, slot_ids)
-
-    # -- merging ---------------------------------------------------------------------------------------------------------
 
     @property
     def merged(self) -> dict[str, float] | None:
@@ -255,7 +249,7 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, names: str | Mapping[str, float] | None = None, *, force: bool = False) -> None:
-        """Add adapters (by default the active ones) to the base weight, so that they cost nothing; ``unmerge`` takes them out.
+        """Add adapters (by default the active ones) to the base weight; ``unmerge`` takes them out.
 
         Raises:
             ValueError: already merged, or the base is NF4 and ``force`` is not set: requantising throws most of a

@@ -48,9 +48,7 @@ class LoRALinear(AdapterLinear):
         _begin(self, r, adapter_name, adapter)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Module, *, r: int | None = 8, adapter_name: str = DEFAULT, **adapter: Any
-    ) -> Self:
+    def from_linear(cls, linear: nn.Module, *, r: int | None = 8, adapter_name: str = DEFAULT, **adapter: Any) -> Self:
         """Wrap an ``nn.Linear`` or Conv1D, whose Parameters (now frozen), hooks and training flag are taken over.
 
         Raises:
@@ -66,8 +64,8 @@ class LoRALinear(AdapterLinear):
         source = read_dense(linear)
         self.in_features, self.out_features = source.in_features, source.out_features
         self._origin, self._transposed = type(linear), source.transposed
-        self.register_parameter("weight", linear.weight.requires_grad_(False))  # type: ignore[operator, arg-type]
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[operator, arg-type]
+        self.register_parameter("weight", linear.weight.requires_grad_(False))  # type: ignore[arg-type]
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
         self._init_adapters()
         carry_over(linear, self)
 
@@ -142,7 +140,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         _begin(self, r, adapter_name, adapter)
 
     @classmethod
-    def from_linear(  # type: ignore[override]
+    def from_linear(
         cls,
         linear: nn.Module,
         *,
@@ -182,12 +180,12 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         if not force:
             raise ValueError(
-                f"merging into NF4 would lose {self.merge_loss(weights):.0%} of the change that {sorted(weights)} make, because "
-                "it is smaller than the steps between the 16 levels; export the merged model in bf16 (to_linear, "
-                "peftrt.export), or pass force=True"
+                f"merging {sorted(weights)} into NF4 would lose {self.merge_loss(weights):.1%} of their change, which "
+                "rounding to 16 levels swallows; export the merged model in bf16 (to_linear, peftrt.export), or pass "
+                "force=True"
             )
         names = [name for name in self._parameters if name.startswith("weight")]
-        before = {name: parameter for name in names if (parameter := self._parameters[name]) is not None}
+        before: dict[str, Tensor] = {name: p for name in names if (p := self._parameters[name]) is not None}
         self._set_weight(self._requantized(weights))
         return before
 
@@ -199,7 +197,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def merge_loss(self, names: str | Mapping[str, float] | None = None) -> float:
         """Share of the adapters' change that requantising the merged weight would lose, in 0 ... 1.
 
-        ``1 - <W1 - W0, D> / <D, D>``, clipped, with D the adapters' delta, W0 the weight now and W1 the requantised sum.
+        ``1 - <W1 - W0, D> / <D, D>``, clipped: D the adapters' delta, W0 the weight now, W1 the requantised sum.
         """
         delta = self.delta_weight(names)
         weights = self._active if names is None else ({names: 1.0} if isinstance(names, str) else names)

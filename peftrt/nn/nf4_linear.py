@@ -25,9 +25,9 @@ _STORED = {
 class NF4Linear(nn.Module):
     """A frozen linear layer over an NF4 weight: ``y = x W^T + b``.
 
-    The codes and scales are uint8 Parameters without gradient, so that no change of a model's dtype, autocast or sharding touches
-    them. ``load_state_dict`` takes this layer's own keys (``weight``, ``weight.absmax``, ...), those that bitsandbytes writes,
-    or a dense ``weight`` [N, K], which it quantises.
+    The codes and scales are uint8 Parameters without gradient, so that no change of a model's dtype, autocast or
+    sharding touches them. ``load_state_dict`` takes this layer's own keys (``weight``, ``weight.absmax``, ...), those
+    that bitsandbytes writes, or a dense ``weight`` [N, K], which it quantises.
 
     Args:
         in_features: K.
@@ -87,7 +87,7 @@ class NF4Linear(nn.Module):
         _check_sizes(self.in_features, self.out_features, block_size)
         self._origin, self._transposed = type(linear), source.transposed
         self._set_weight(NF4Weight.quantize(source.weight, block_size, double_quant))
-        self.register_parameter("bias", linear.bias if linear.bias is None else linear.bias.requires_grad_(False))
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
         carry_over(linear, self)
 
     def _set_weight(self, weight: NF4Weight) -> None:
@@ -154,7 +154,8 @@ class NF4Linear(nn.Module):
         try:
             self._read_weight(own, prefix)
         except (ValueError, TypeError, KeyError) as error:
-            error_msgs.append(f'While reading "{prefix}weight": {error}')
+            reason = f"missing key {error}" if isinstance(error, KeyError) else error
+            error_msgs.append(f'While reading "{prefix}weight": {reason}')
             return
         missing: list[str] = []
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
@@ -182,13 +183,14 @@ class NF4Linear(nn.Module):
         stored = found.tensors()
         own.update({prefix + name: stored[field] for field, (name, _) in _STORED.items() if field in stored})
         if (found.block_size, found.is_nested) != (self.block_size, self.double_quant):
-            empty = {field: torch.empty_like(tensor, device=self.weight.device) for field, tensor in stored.items()}
+            device = self.weight.device
+            empty: dict[str, Any] = {field: torch.empty_like(t, device=device) for field, t in stored.items()}
             self._set_weight(replace(found, **empty))
         self.weight_dtype = found.dtype
 
     def _native_weight(self, own: Mapping[str, Any], prefix: str) -> NF4Weight:
         """The weight under this class's own keys; nested or not as the keys say, in blocks of the layer's size."""
-        parts = {field: own.get(prefix + key) for field, (_, key) in _STORED.items()}
+        parts: dict[str, Any] = {field: own.get(prefix + key) for field, (_, key) in _STORED.items()}
         nested = parts["nested_absmax"] is not None
         sizes = stored_sizes(self.out_features * self.in_features, self.block_size, nested)
         for field, size in sizes.items():

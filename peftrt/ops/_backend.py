@@ -91,9 +91,9 @@ def forced(mapping: Mapping[str, str]) -> Iterator[None]:
 def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Force a backend for the operations run inside, in this thread, and for their backward passes.
 
-    ``with peftrt.backend("reference"):`` forces it for all operations, ``with peftrt.backend(nf4_linear="native"):`` for
-    one. The environment variable ``PEFTRT_BACKEND`` (``reference`` or ``nf4_linear=native,lora_linear=reference``) does the
-    same for a process.
+    ``with peftrt.backend("reference"):`` forces it for all operations, ``with peftrt.backend(nf4_linear="native"):``
+    for one. The environment variable ``PEFTRT_BACKEND`` (``reference`` or ``nf4_linear=native,lora_linear=reference``)
+    does the same for a process.
 
     Raises:
         ValueError: an unknown backend or operation. (A forced backend that cannot run a call raises

@@ -1,6 +1,6 @@
 """The one registrar: schema, shape function, backends and gradient of an operation, and the choice among its backends.
 
-Operations are declared through ``torch.library.Library``: per call on a CPU that costs a third of what ``custom_op`` does.
+Operations are declared through ``torch.library.Library``: a call on a CPU costs a third of what ``custom_op`` does.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def define(
 
     Args:
         schema: name, arguments and results in PyTorch's schema language.
-        check: takes the arguments; raises TypeError or ValueError. Serves the real and the fake call, so that an error shows
-            under ``torch.compile`` as it does in eager mode.
+        check: takes the arguments; raises TypeError or ValueError. Serves the real and the fake call, so that an error
+            shows under ``torch.compile`` as it does in eager mode.
         fake: takes the arguments; returns empty results of the right shape, dtype and device.
         backends: in the order in which they are asked.
         setup_context, backward: as of ``torch.library.register_autograd``; tensors are saved through
-            ``ctx.save_for_backward`` only, and ``backward`` is made of registered and torch operations. It runs with the
-            backend that was forced around its forward.
+            ``ctx.save_for_backward`` only, and ``backward`` is made of registered and torch operations. It runs with
+            the backend that was forced around its forward.
     """
     name = schema.partition("(")[0]
     op = OPS[name] = Op(name, check, backends)

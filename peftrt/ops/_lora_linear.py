@@ -38,8 +38,9 @@ def lora_linear(
 ) -> Tensor:
     """Linear map with a low-rank adapter.
 
-    ``y = x W^T + b + s (drop(x) A^T) B^T``. Differentiable in x, a dense W, A, B and b. Between forward and backward only x and
-    ``drop(x) A^T`` are kept beside the parameters; the dropout mask is a function of the seed and is computed again.
+    ``y = x W^T + b + s (drop(x) A^T) B^T``. Differentiable in x, a dense W, A, B and b. Between forward and backward
+    only x and ``drop(x) A^T`` are kept beside the parameters; the dropout mask is a function of the seed and is
+    computed again.
 
     Args:
         x: ``[..., K]``; fp32, bf16 or fp16 (fp64 by the reference); any strides. Cast under ``torch.autocast``.
@@ -128,7 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor, dxa: Tensor | None) -> tuple[Any, ...]:
-    """dX = dY W + drop'(G A), dA = G^T drop(x), dB = s dY^T xa with G = s dY B (+ the gradient of xa, where it was used)."""
+    """dX = dY W + drop'(G A), dA = G^T drop(x), dB = s dY^T xa with G = s dY B (+ xa's gradient where it was used)."""
     x, lora_A, lora_B, xa, seed, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
     weight = (*tensors, ctx.n, ctx.k, ctx.block_size)

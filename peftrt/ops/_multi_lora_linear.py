@@ -27,7 +27,7 @@ from peftrt.reference import multi_lora_linear as reference
 
 @dataclass(frozen=True, eq=False)
 class AdapterTable:
-    """The adapters of one site, stacked: adapter e owns the rows ``offsets[e] ... offsets[e] + ranks[e]`` of A and of B.
+    """The adapters of one site, stacked: adapter e owns rows ``offsets[e] ... offsets[e] + ranks[e]`` of A and B.
 
     Attributes:
         A: ``[T, K]``, the adapters' lora_A one below the other; T is the sum of the ranks.
@@ -76,11 +76,12 @@ def multi_lora_linear(
 ) -> Tensor:
     """Linear map in which every row has its own low-rank adapter, or none.
 
-    ``y_i = x_i W^T + b + s_e (x_i A_e^T) B_e^T`` with ``e = slot_ids[i]``; -1 is the base alone. Differentiable in x, a dense
-    W, the table's A and B, and b.
+    ``y_i = x_i W^T + b + s_e (x_i A_e^T) B_e^T`` with ``e = slot_ids[i]``; -1 is the base alone. Differentiable in x, a
+    dense W, the table's A and B, and b.
 
     Args:
-        x: ``[..., K]``, M rows when flattened; fp32, bf16 or fp16 (fp64 by the reference). Cast under ``torch.autocast``.
+        x: ``[..., K]``, M rows when flattened; fp32, bf16 or fp16 (fp64 by the reference). Cast under
+            ``torch.autocast``.
         weight: ``[N, K]`` in x's dtype, an NF4Weight of that shape, or None for the adapters' share alone.
         table: AdapterTable over K and N.
         slot_ids: int32 ``[M]``; -1 ... E - 1. On a CPU other ids are an error; on other devices they mean the base.
@@ -106,12 +107,13 @@ def multi_lora_linear(
     )
 
 
+_OPTIONAL_WEIGHT = WEIGHT.replace("Tensor weight", "Tensor? weight")
 _TABLE = "Tensor A, Tensor B, Tensor ranks, Tensor offsets, Tensor scaling, Tensor slot_ids"
 
 
 def _check(x: Tensor, *rest: Any) -> None:
     weight, table, bias = WeightArgs(*rest[:7]), rest[7:13], rest[13]
-    if weight.weight is not None:
+    if rest[0] is not None:
         check_linear("multi_lora_linear", x, weight, bias)
     else:
         check_bias("multi_lora_linear", bias, weight.n, x)
@@ -206,7 +208,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 define(
-    f"multi_lora_linear(Tensor x, {WEIGHT.replace('Tensor weight', 'Tensor? weight')}, {_TABLE}, Tensor? bias) -> Tensor",
+    f"multi_lora_linear(Tensor x, {_OPTIONAL_WEIGHT}, {_TABLE}, Tensor? bias) -> Tensor",
     check=_check,
     fake=_fake,
     backends=(reference_backend(_forward),),

@@ -63,11 +63,13 @@ def _check(
 
 
 def _check_out(*args: Any) -> None:
-    *weight, out = args
-    _check(*weight, out.dtype)
+    weight, out = args[:-1], args[-1]
+    _check(*weight, dtype=out.dtype)
     check_device("nf4_dequantize", "out", out, weight[0])
     shape = list(weight[4])
-    expect(list(out.shape) == shape and out.is_contiguous(), "nf4_dequantize", "out", f"contiguous of shape {shape}", out)
+    expect(
+        list(out.shape) == shape and out.is_contiguous(), "nf4_dequantize", "out", f"contiguous of shape {shape}", out
+    )
 
 
 def _fake(weight: Tensor, *rest: Any) -> Tensor:
@@ -89,8 +91,8 @@ def _native_new(*args: Any) -> Tensor:
 
 
 def _reference_out(*args: Any) -> None:
-    *weight, out = args
-    out.copy_(reference.dequantize(*weight, out.dtype))
+    out = args[-1]
+    out.copy_(reference.dequantize(*args[:-1], dtype=out.dtype))
 
 
 def _native_unsupported(*args: Any) -> str | None:

@@ -25,8 +25,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         bias: ``[N]`` in x's dtype, or None.
 
     Returns:
-        ``[..., N]`` in x's dtype. A row's bits do not depend on the other rows as long as M stays within one kernel's range;
-        another range of M or another number of threads may sum in another order.
+        ``[..., N]`` in x's dtype. A row's bits do not depend on the other rows as long as M stays within one kernel's
+        range; another range of M or another number of threads may sum in another order.
 
     Raises:
         TypeError: a dtype that does not fit.

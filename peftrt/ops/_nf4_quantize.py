@@ -14,19 +14,22 @@ from peftrt.reference import nf4 as reference
 def nf4_quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
     """Quantise a tensor to NF4, in blocks of its flattened elements.
 
-    ``code = argmin_c |nf4[c] - w / absmax|`` with ``absmax`` the largest magnitude of the block; a tie goes to the lower level.
+    ``code = argmin_c |nf4[c] - w / absmax|`` with ``absmax`` the largest magnitude of the block; a tie goes to the
+    lower level.
 
     Args:
         weight: any shape; fp32, bf16 or fp16; quantised on its device, in chunks.
         block_size: weights that share a scale; a power of two in 32 ... 4096.
-        double_quant: store the scales in 8 bits with an fp32 scale for every 256 of them: 4.127 bits a weight instead of 4.5.
+        double_quant: store the scales in 8 bits with an fp32 scale for every 256 of them: 4.127 bits a weight instead
+            of 4.5.
 
     Raises:
         TypeError: ``weight`` is not fp32, bf16 or fp16.
         ValueError: another block size, or no elements.
 
-    Source: QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; the bytes are bitsandbytes'. Codes of the nested scales
-    are the nearest levels; bitsandbytes' CPU build takes a neighbour for about 2 in 1,000, closer than 1e-5 to the midpoint.
+    Source: QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; the bytes are bitsandbytes'. Codes of the nested
+    scales are the nearest levels; bitsandbytes' CPU build takes a neighbour for about 2 in 1,000, closer than 1e-5 to
+    the midpoint.
     """
     return NF4Weight.quantize(weight, block_size, double_quant)
 

@@ -54,7 +54,9 @@ def describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
-def expect(condition: bool, op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> None:
+def expect(
+    condition: bool, op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError
+) -> None:
     """Raise ``<op>: <argument> must be <expected>, got <got>`` unless the condition holds."""
     if not condition:
         raise error(f"{op}: {argument} must be {expected}, got {describe(got)}")
@@ -84,7 +86,13 @@ def check_nf4(
 ) -> None:
     """Codes and scales are the bytes that a weight of ``numel`` elements needs: a kernel may trust their sizes."""
     expect(block_size in BLOCK_SIZES, op, "block_size", f"one of {BLOCK_SIZES}", block_size)
-    expect((nested_absmax is None) == (nested_offset is None), op, "nested_offset", "given with nested_absmax", nested_offset)
+    expect(
+        (nested_absmax is None) == (nested_offset is None),
+        op,
+        "nested_offset",
+        "given with nested_absmax",
+        nested_offset,
+    )
     fields = {"codes": codes, "absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
     for field, size in stored_sizes(numel, block_size, nested_absmax is not None).items():
         argument, tensor = "weight" if field == "codes" else field, fields[field]

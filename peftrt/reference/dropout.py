@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of a seed and the element's position, so that no mask is stored.
 
 The same integers come out on every device and in every kernel: element (i, k) of x [M, K] has the 64-bit index
-``j = i K + k``, and is kept iff ``mix(mix(lo(j) ^ lo(seed)) ^ mix(hi(j)) ^ hi(seed)) >= p 2^32``, where ``lo`` and ``hi`` are
-halves of 32 bits and ``mix`` is the 32-bit finaliser of MurmurHash3 (Appleby 2011).
+``j = i K + k``, and is kept iff ``mix(mix(lo(j) ^ lo(seed)) ^ mix(hi(j)) ^ hi(seed)) >= p 2^32``, where ``lo`` and
+``hi`` are halves of 32 bits and ``mix`` is the 32-bit finaliser of MurmurHash3 (Appleby 2011).
 """
 
 from __future__ import annotations

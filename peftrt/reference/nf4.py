@@ -23,7 +23,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite, so
 
 
 def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes uint8 [ceil(numel/2)], absmax uint8 (codes, or fp32 bytes), nested_absmax and nested_offset bytes (or empty)."""
+    """Codes uint8 [ceil(numel/2)], absmax (codes, or fp32 bytes), nested_absmax and nested_offset bytes (or empty)."""
     flat = weight.detach().reshape(-1)
     chunks = [_quantize_blocks(part, block_size, midpoints(NF4_CODEBOOK)) for part in flat.split(CHUNK)]
     codes = torch.cat([_pack(levels) for levels, _ in chunks])
@@ -48,14 +48,14 @@ def _quantize_blocks(values: Tensor, block_size: int, thresholds: Tensor) -> tup
 
 
 def _pack(levels: Tensor) -> Tensor:
-    """Two levels a byte, the first in the high nibble; the last byte of an odd count is filled with the level of zero."""
+    """Two levels a byte, the first in the high nibble; an odd count is filled up with the level of zero."""
     if levels.numel() % 2:
         levels = torch.nn.functional.pad(levels, (0, 1), value=7)
     return (levels[::2] << 4) | levels[1::2]
 
 
 def block_scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
-    """fp32 scale of every block, [blocks]: ``dynamic[absmax] * nested_absmax``, rounded, ``+ nested_offset``, rounded."""
+    """fp32 scale of every block: ``dynamic[absmax] * nested_absmax``, rounded, ``+ nested_offset``, rounded."""
     if nested_absmax is None or nested_offset is None:
         return bytes_float(absmax)
     codes = absmax.reshape(-1)
