@@ -91,7 +91,11 @@ class BoundedPattern:
                 for branch in argument[1]:
                     self._check(branch)
             elif kind in ("ASSERT", "ASSERT_NOT"):
-                self._check(argument[1])
+                direction, body = argument
+                low, high = body.getwidth()
+                if direction < 0 and low != high:
+                    raise ConfigError(f"{self.source}: {self._shown()} looks behind by a width that is not fixed")
+                self._check(body)
             elif kind not in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT", "FAILURE"):
                 what = kind.lower().replace("_", " ").replace("groupref", "back-reference")
                 raise ConfigError(f"{self.source}: {self._shown()}: {what} is not supported in a configuration")

@@ -124,7 +124,7 @@ def test_peft_subfolder_of_a_named_adapter(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"several adapters \(de, fr\)"):
         read_peft_dir(tmp_path)
     assert equal(read_peft_dir(tmp_path, name="de")[1], lora())
-    with pytest.raises(MissingFileError, match="'es'.*de, fr"):
+    with pytest.raises(MissingFileError, match=r"'es'.*de, fr"):
         read_peft_dir(tmp_path, name="es")
     with pytest.raises(MissingFileError, match="adapter_config"):
         read_peft_dir(tmp_path, name="default")
