@@ -63,10 +63,10 @@ def _check(
 
 
 def _check_out(*args: Any) -> None:
-    weight, out = args[:-1], args[-1]
-    _check(*weight, dtype=out.dtype)
-    check_device("nf4_dequantize", "out", out, weight[0])
-    shape = list(weight[4])
+    weight, absmax, nested_absmax, nested_offset, shape, block_size, out = args
+    _check(weight, absmax, nested_absmax, nested_offset, shape, block_size, out.dtype)
+    check_device("nf4_dequantize", "out", out, weight)
+    shape = list(shape)
     expect(
         list(out.shape) == shape and out.is_contiguous(), "nf4_dequantize", "out", f"contiguous of shape {shape}", out
     )
@@ -91,8 +91,8 @@ def _native_new(*args: Any) -> Tensor:
 
 
 def _reference_out(*args: Any) -> None:
-    out = args[-1]
-    out.copy_(reference.dequantize(*args[:-1], dtype=out.dtype))
+    weight, absmax, nested_absmax, nested_offset, shape, block_size, out = args
+    out.copy_(reference.dequantize(weight, absmax, nested_absmax, nested_offset, shape, block_size, out.dtype))
 
 
 def _native_unsupported(*args: Any) -> str | None:
