@@ -215,8 +215,14 @@ class NF4Weight:
         state = _bnb_state(state_dict, prefix)
         shape, block_size = tuple(state["shape"]), state["blocksize"]
         _expect_codebook(state_dict, f"{prefix}.quant_map", NF4_CODEBOOK)
+        stored = state_dict[prefix]
+        _expect(
+            stored.dtype in (torch.uint8, *FLOAT_DTYPES),
+            prefix,
+            f"uint8, or bytes as {FLOAT_DTYPES}, got {stored.dtype}",
+        )
         # quant_storage of bf16, fp16 or fp32 is a view of the same bytes
-        codes = state_dict[prefix].contiguous().view(torch.uint8).reshape(-1)
+        codes = stored.contiguous().view(torch.uint8).reshape(-1)
         absmax = state_dict[f"{prefix}.absmax"].reshape(-1)
         nested_absmax = nested_offset = None
         blocks = -(-math.prod(shape) // block_size)
@@ -229,18 +235,20 @@ class NF4Weight:
             _expect(
                 nested.numel() == -(-blocks // NESTED_BLOCK_SIZE), f"{prefix}.nested_absmax", "one scale for 256 blocks"
             )
+            _expect(nested.dtype == torch.float32, f"{prefix}.nested_absmax", f"float32, got {nested.dtype}")
             nested_absmax = float_bytes(nested)
             nested_offset = float_bytes(torch.tensor([state["nested_offset"]], device=codes.device))
         else:
             _expect(absmax.dtype == torch.float32, f"{prefix}.absmax", "float32 where scales are not nested")
+        size = (math.prod(shape) + 1) // 2
+        # a wider quant_storage may have padded the end
         _expect(
-            codes.numel() >= (math.prod(shape) + 1) // 2, prefix, f"{(math.prod(shape) + 1) // 2} bytes for {shape}"
+            0 <= codes.numel() - size < stored.element_size(), prefix, f"{size} bytes for {shape}, got {codes.numel()}"
         )
         _expect(absmax.numel() == blocks, f"{prefix}.absmax", f"{blocks} scales for shape {shape}, block {block_size}")
-        codes = codes[: (math.prod(shape) + 1) // 2]  # a wider quant_storage may have padded the end
         absmax = absmax if nested_absmax is not None else float_bytes(absmax)
         return cls.assemble(
-            codes, absmax, nested_absmax, nested_offset, shape, getattr(torch, state["dtype"]), block_size
+            codes[:size], absmax, nested_absmax, nested_offset, shape, getattr(torch, state["dtype"]), block_size
         )
 
 
@@ -286,7 +294,11 @@ def _bnb_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
         raise ValueError(f"bitsandbytes state: {key}: not the bytes of a JSON object: {error}") from None
     _expect(isinstance(state, dict), key, "a JSON object")
     _expect(state.get("quant_type") == "nf4", key, f"quant_type 'nf4', got {state.get('quant_type')!r}")
-    _expect(state.get("blocksize") in BLOCK_SIZES, key, f"a blocksize of {BLOCK_SIZES}, got {state.get('blocksize')!r}")
+    _expect(
+        type(state.get("blocksize")) is int and state["blocksize"] in BLOCK_SIZES,
+        key,
+        f"a blocksize of {BLOCK_SIZES}, got {state.get('blocksize')!r}",
+    )
     names = tuple(_dtype_name(dtype) for dtype in FLOAT_DTYPES)
     _expect(state.get("dtype") in names, key, f"a dtype of {names}, got {state.get('dtype')!r}")
     shape = state.get("shape")
