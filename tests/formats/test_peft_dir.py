@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from peftrt.formats import peft_dir
 from peftrt.formats.errors import AdapterNameError, FormatError, MissingFileError, UnsafeFileError
 from peftrt.formats.peft_dir import PeftKey, join_key, read_peft_dir, split_key, write_peft_dir
+from peftrt.formats.safe import TensorReader, write_tensors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "a/b: c"}
 
@@ -296,6 +298,22 @@ def test_save_killed_between_the_renames_is_noticed(tmp_path: Path, monkeypatch:
     assert equal(read_peft_dir(tmp_path)[1], lora(3.0))
 
 
+def test_marker_stands_while_the_two_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, marked = os.replace, {}
+
+    def replace(source: str, target: str) -> None:
+        marked[os.path.basename(target)] = (tmp_path / peft_dir.MARKER_NAME).exists()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for expected in (False, True):
+        write_peft_dir(tmp_path, CONFIG, lora())
+        assert list(marked) == ["adapter_model.safetensors", "adapter_config.json", "README.md"]
+        assert marked["adapter_model.safetensors"] is marked["adapter_config.json"] is expected
+        assert not (tmp_path / peft_dir.MARKER_NAME).exists()
+        marked.clear()
+
+
 def test_adapter_replaced_while_it_loads_is_never_mixed(tmp_path: Path) -> None:
     write_peft_dir(tmp_path, {**CONFIG, "version": 0}, lora(0.0))
     stop = threading.Event()
@@ -313,13 +331,60 @@ def test_adapter_replaced_while_it_loads_is_never_mixed(tmp_path: Path) -> None:
         seen = set()
         for _ in range(40):
             config, tensors = read_peft_dir(tmp_path)
-            assert {float(value) for tensor in tensors.values() for value in tensor.reshape(-1)} == {config["version"]}
+            assert equal(tensors, lora(float(config["version"])))
             seen.add(config["version"])
     finally:
         stop.set()
         thread.join()
     assert len(seen) > 1
     assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def before_weights_are_opened(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Have `action` happen once, after a reader has read the configuration and before it opens the weights."""
+    pending = [action]
+
+    def reader(*args: Any, **kwargs: Any) -> TensorReader:
+        if pending:
+            pending.pop()()
+        return TensorReader(*args, **kwargs)
+
+    monkeypatch.setattr(peft_dir, "TensorReader", reader)
+
+
+def test_adapter_replaced_between_configuration_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_peft_dir(tmp_path, CONFIG, lora(1.0))
+    new = {**CONFIG, "lora_alpha": 99}
+    before_weights_are_opened(monkeypatch, lambda: write_peft_dir(tmp_path, new, lora(2.0)))
+    config, tensors = read_peft_dir(tmp_path)
+    assert config == new
+    assert equal(tensors, lora(2.0))
+
+
+@pytest.mark.parametrize("begun", ["before_the_reader", "after_the_configuration_was_read"])
+def test_reader_waits_while_only_the_weights_are_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
+    write_peft_dir(tmp_path, CONFIG, lora(1.0))
+    new = {**CONFIG, "lora_alpha": 99}
+
+    def first_half() -> None:
+        (tmp_path / peft_dir.MARKER_NAME).write_text("")
+        write_tensors(tmp_path / "adapter_model.safetensors", lora(2.0))
+
+    def second_half(seconds: float) -> None:
+        (tmp_path / "config.new").write_text(json.dumps(new))
+        os.replace(tmp_path / "config.new", tmp_path / "adapter_config.json")
+        (tmp_path / peft_dir.MARKER_NAME).unlink()
+
+    if begun == "before_the_reader":
+        first_half()
+    else:
+        before_weights_are_opened(monkeypatch, first_half)
+    monkeypatch.setattr(peft_dir.time, "sleep", second_half)
+    config, tensors = read_peft_dir(tmp_path)
+    assert config == new
+    assert equal(tensors, lora(2.0))
 
 
 def test_files_beside_the_adapter_are_left_alone(tmp_path: Path) -> None:
