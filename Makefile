@@ -1,0 +1,56 @@
+# `make demo` and `make test` need Python 3.11 or later, a C++ compiler and pip; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt
+
+.PHONY: demo test lint format build bench compile-all fuzz wheel-check clean
+
+demo: $(VENV)/.demo build
+	$(BIN)/peftrt demo
+
+test: $(VENV)/.test build
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+# Compiles csrc/ only where a source, a flag or torch has changed.
+build: | $(VENV)/.torch
+	$(BIN)/python -m peftrt build
+
+bench: $(VENV)/.test build
+	$(BIN)/python -m bench
+
+# The whole of what `make test` takes samples of: every Triton kernel for every target, and long runs over random shapes.
+compile-all: $(VENV)/.test
+	$(BIN)/python -m pytest tests/kernels --compile-all
+
+fuzz: $(VENV)/.test build
+	$(BIN)/python -m pytest tests --fuzz
+
+# Builds a wheel, installs it beside nothing but its dependencies, and uses it outside the checkout.
+wheel-check: | $(VENV)/.torch
+	bash .ci/wheel-check
+
+# torch first: peftrt compiles against the torch of the environment that it is installed into.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info peftrt/_C
