@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+# In a checkout the Triton kernels stand beside this package; an installed one holds them as peftrt.kernels.
+if (Path(__file__).parent.parent / "kernels" / "_nf4.py").is_file():
+    __path__.append(str(Path(__file__).parent.parent))
+
 from peftrt import nn, ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
