@@ -174,9 +174,19 @@ constexpr float kDynamicMagnitude[129] = {
     1.0f,
 };
 
-PEFTRT_HD static constexpr float dynamic_code(uint8_t code) {
+PEFTRT_HD static constexpr float dynamic_code(int code) {
   return code >= 127 ? kDynamicMagnitude[code - 127] : -kDynamicMagnitude[127 - code];
 }
+
+struct DynamicCodebook {
+  float value[256];
+};
+static constexpr DynamicCodebook make_dynamic_codebook() {
+  DynamicCodebook book = {};
+  for (int code = 0; code < 256; ++code) book.value[code] = dynamic_code(code);
+  return book;
+}
+constexpr DynamicCodebook kDynamic = make_dynamic_codebook();
 
 PEFTRT_HD static constexpr int nibble(const uint8_t* codes, int64_t i) {
   return (i & 1) ? (codes[i >> 1] & 15) : (codes[i >> 1] >> 4);

@@ -1,78 +1,57 @@
-// Scales and spans of weights out of an NF4 tensor, for any offset, parity and block size.
+// Spans of weights out of an NF4 tensor, in order, for any offset, parity and block size.
 #pragma once
 
-#include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/scales.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
 
-constexpr int64_t kMaxSpan = 1024;  // weights that one call of decode_span decodes at most
+constexpr int64_t kGroup = 64;  // weights decoded together: 32 bytes of codes
 
-PEFTRT_INLINE float load_float(const uint8_t* bytes, int64_t index) {
-  float value;
-  std::memcpy(&value, bytes + 4 * index, sizeof value);
-  return value;
+// Unit (32 weights) range that the groups touched by [start, start + count) need, clipped to the tensor.
+struct Units {
+  int64_t first;
+  int64_t count;
+};
+inline Units units_of(const Weight& w, int64_t start, int64_t count) {
+  const int64_t first = start / kGroup * 2, numel = w.n * w.k;
+  int64_t end = (start + count + kGroup - 1) / kGroup * kGroup;
+  if (end > numel) end = numel;
+  return {first, (end + 31) / 32 - first};
 }
 
-// A NaN becomes the quiet one with a clear payload: round_to<bf16> relies on it, and all its NaNs then look alike.
-PEFTRT_INLINE float canonical(float scale) { return scale == scale ? scale : __builtin_nanf(""); }
-
-PEFTRT_INLINE int block_shift(const Weight& w) { return __builtin_ctz(unsigned(w.block_size)); }
-
-// scale[first .. first + count) into out.
-inline void decode_scales(const Weight& w, int64_t first, int64_t count, float* out) {
-  if (w.nested_absmax == nullptr) {
-    for (int64_t i = 0; i < count; ++i) out[i] = canonical(load_float(w.absmax, first + i));
-    return;
-  }
-  for (int64_t i = 0; i < count;) {
-    const int64_t run = (first + i) / kNestedBlock;
-    const int64_t left = (run + 1) * kNestedBlock - (first + i);
-    const int64_t stop = i + (left < count - i ? left : count - i);
-    const float nested_absmax = load_float(w.nested_absmax, run);
-    for (; i < stop; ++i)
-      out[i] = canonical(nested_scale(dynamic_code(w.absmax[first + i]), nested_absmax, w.nested_offset));
-  }
-}
-
-// The 64 weights from flat position `start` (a multiple of 64) into out, zeros past the end of the tensor; `scales` are
-// those of the blocks from `first_block` on.
+// One group from flat position `start` (a multiple of 64), zeros past the end of the tensor; units[0], units[1] are its
+// scales. Nothing is read behind the codes.
 template <class T>
-inline void decode_group(const Weight& w, int64_t start, const float* scales, int64_t first_block, float* out) {
-  const int64_t numel = w.n * w.k, left = numel - start;
-  const int shift = block_shift(w);
-  const float s0 = scales[(start >> shift) - first_block];
-  const float s1 = left > 32 ? scales[((start + 32) >> shift) - first_block] : s0;
+inline void decode_group(const Weight& w, int64_t start, const float* units, float* out) {
+  const int64_t left = w.n * w.k - start;
   uint8_t staged[32] = {0};
   const uint8_t* codes = w.codes + start / 2;
-  if (left < 64) {
+  if (left < kGroup) {
     std::memcpy(staged, codes, size_t((left + 1) / 2));
     codes = staged;
   }
-  decode64<T>(codes, s0, s1, [&](int j, F v) { storeu(out + 8 * j, v); });
+  decode64<T>(codes, units[0], left > 32 ? units[1] : units[0], [&](int j, F v) { storeu(out + 8 * j, v); });
 }
 
-// Weights [start, start + count) of the flat tensor into out, in order; count <= kMaxSpan.
+// Weights [start, start + count) of the flat tensor into out; units = decoded scales of units_of(start, count).
 template <class T>
-inline void decode_span(const Weight& w, int64_t start, int64_t count, float* out) {
-  if (count <= 0) return;
-  const int shift = block_shift(w);
-  const int64_t first_group = start & ~int64_t(63), end = start + count;
-  const int64_t first_block = first_group >> shift;
-  const int64_t group_end = (end + 63) & ~int64_t(63), numel = w.n * w.k;
-  const int64_t last_block = ((group_end < numel ? group_end : numel) - 1) >> shift;
-  float scales[(kMaxSpan + 128) / 32];
-  decode_scales(w, first_block, last_block - first_block + 1, scales);
-  for (int64_t group = first_group; group < end; group += 64) {
-    if (group >= start && group + 64 <= end) {
-      decode_group<T>(w, group, scales, first_block, out + (group - start));
-      continue;
-    }
-    alignas(32) float whole[64];
-    decode_group<T>(w, group, scales, first_block, whole);
-    const int64_t from = group < start ? start - group : 0, to = end - group < 64 ? end - group : 64;
+inline void decode_span(const Weight& w, int64_t start, int64_t count, const float* units, float* out) {
+  const int64_t end = start + count;
+  int64_t group = start / kGroup * kGroup;
+  const auto part = [&](int64_t from, int64_t to) {
+    alignas(32) float whole[kGroup];
+    decode_group<T>(w, group, units, whole);
     std::memcpy(out + (group + from - start), whole + from, size_t(to - from) * sizeof(float));
+  };
+  if (group < start) {
+    part(start - group, end - group < kGroup ? end - group : kGroup);
+    group += kGroup, units += 2;
   }
+  for (; group + kGroup <= end; group += kGroup, units += 2) {
+    float* to = out + (group - start);
+    decode64<T>(w.codes + group / 2, units[0], units[1], [&](int j, F v) { storeu(to + 8 * j, v); });
+  }
+  if (group < end) part(0, end - group);
 }
 
 }  // namespace peftrt::cpu::PEFTRT_ISA

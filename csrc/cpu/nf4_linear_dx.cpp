@@ -31,11 +31,16 @@ void pack_dy(int64_t n, int64_t rows, const T* dy, float* packed, const Parallel
 
 // W[n0 .. n0 + depth, k0 .. k0 + width) -> panels[width / 16][kDepth][16]; columns past the width are zero.
 template <class T>
-void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64_t width, float* panels) {
+void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64_t width, Scales& decoder,
+                   float* panels) {
   alignas(32) float line[kColumns];
+  float units[kColumns / 32 + 4];
   for (int64_t i = width; i < kColumns; ++i) line[i] = 0.0f;
   for (int64_t p = 0; p < depth; ++p) {
-    decode_span<T>(w, (n0 + p) * w.k + k0, width, line);
+    const int64_t start = (n0 + p) * w.k + k0;
+    const Units range = units_of(w, start, width);
+    decoder.decode(range.first, range.count, units);
+    decode_span<T>(w, start, width, units, line);
     for (int64_t column = 0; column < width; column += kPanel) {
       float* to = panels + column * kDepth + p * kPanel;
       storeu(to, loadu(line + column));
@@ -45,11 +50,12 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
 }
 
 template <class T>
-void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, float* panels, float* acc, T* out) {
+void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Scales& decoder, float* panels, float* acc,
+                T* out) {
   const int64_t width = min64(kColumns, w.k - k0);
   for (int64_t n0 = 0; n0 < w.n; n0 += kDepth) {
     const int64_t depth = min64(kDepth, w.n - n0);
-    decode_panels<T>(w, n0, depth, k0, width, panels);
+    decode_panels<T>(w, n0, depth, k0, width, decoder, panels);
     const float* dy = packed + n0 * m;
     for (int64_t row = 0; row < m; row += kRows)
       for (int64_t column = 0; column < width; column += kPanel)
@@ -71,9 +77,10 @@ void linear_dx(const Weight& w, int64_t m, const T* dy, T* out, const Parallel& 
     const int64_t rows = min64(kMaxRowsOfDy, m - first);
     pack_dy(w.n, rows, dy + first * w.n, packed.get(), parallel);
     for_ranges(parallel, ceil_div(w.k, kColumns), [&](int64_t begin, int64_t end) {
+      Scales decoder(w);
       Scratch<float> panels(kDepth * kColumns), acc(rows * kColumns);
       for (int64_t column = begin; column < end; ++column)
-        dx_columns(w, rows, packed.get(), column * kColumns, panels.get(), acc.get(), out + first * w.k);
+        dx_columns(w, rows, packed.get(), column * kColumns, decoder, panels.get(), acc.get(), out + first * w.k);
     });
   }
 }

@@ -7,8 +7,11 @@
 //   round_to<T>                               the nearest T, as a float; the identity for T = float
 //   sum                                       the sum of the eight, in one fixed order
 //   transpose8                                eight vectors of eight, in place
-//   decode64<T>(codes, s0, s1, sink)          32 bytes -> 64 weights round_to<T>(code * scale) in natural order:
-//   sink(j, F)
+//   kIsFloat<T>                               whether T is float
+//   set_halves(a, b)                          a in the first four, b in the rest
+//   lookup64(codes, sink)                     32 bytes -> 64 values of kNf4, unscaled: sink(j, F), in an order of its
+//   own to_lookup_order(from, to)                 64 floats put into that order decode64<T>(codes, s0, s1, sink) 32
+//   bytes -> 64 weights round_to<T>(code * scale) in natural order: sink(j, F)
 //                                             has elements 8j .. 8j + 7; s0 scales the first 32 of them, s1 the rest
 #pragma once
 

@@ -16,6 +16,7 @@ namespace peftrt::cpu::PEFTRT_ISA {
 using F = __m256;
 
 PEFTRT_INLINE F set1(float value) { return _mm256_set1_ps(value); }
+PEFTRT_INLINE F set_halves(float a, float b) { return _mm256_setr_ps(a, a, a, a, b, b, b, b); }
 PEFTRT_INLINE F zero() { return _mm256_setzero_ps(); }
 PEFTRT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 PEFTRT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -49,6 +50,11 @@ PEFTRT_INLINE void store(bf16* p, F v) {
 PEFTRT_INLINE void store(fp16* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+
+template <class T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
 
 template <class T>
 PEFTRT_INLINE F round_to(F v);
@@ -113,6 +119,27 @@ PEFTRT_INLINE void lookup32(__m256i index, F out[4]) {
   out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
   out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
   out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
+// Vectors 0 .. 3 are the even elements, 4 .. 7 the odd ones; lane l of vector q has those of bytes 16 l + 4 q .. + 3.
+template <class Sink>
+PEFTRT_INLINE void lookup64(const uint8_t* codes, Sink&& sink) {
+  const __m256i low4 = _mm256_set1_epi8(15);
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  F v[4];
+  lookup32(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low4), v);
+  sink(0, v[0]), sink(1, v[1]), sink(2, v[2]), sink(3, v[3]);
+  lookup32(_mm256_and_si256(bytes, low4), v);
+  sink(4, v[0]), sink(5, v[1]), sink(6, v[2]), sink(7, v[3]);
+}
+
+PEFTRT_INLINE void to_lookup_order(const float* from, float* to) {
+  for (int q = 0; q < 4; ++q) {
+    const F a = loadu(from + 8 * q), b = loadu(from + 32 + 8 * q);
+    const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    storeu(to + 8 * q, _mm256_shuffle_ps(low, high, 0x88));
+    storeu(to + 32 + 8 * q, _mm256_shuffle_ps(low, high, 0xdd));
+  }
 }
 
 template <class T, class Sink>

@@ -11,6 +11,7 @@ namespace peftrt::cpu::PEFTRT_ISA {
 typedef float F __attribute__((vector_size(32)));
 
 PEFTRT_INLINE F set1(float value) { return F{value, value, value, value, value, value, value, value}; }
+PEFTRT_INLINE F set_halves(float a, float b) { return F{a, a, a, a, b, b, b, b}; }
 PEFTRT_INLINE F zero() { return set1(0.0f); }
 PEFTRT_INLINE F add(F a, F b) { return a + b; }
 PEFTRT_INLINE F mul(F a, F b) { return a * b; }
@@ -43,6 +44,11 @@ PEFTRT_INLINE void store(T* p, F v) {
 }
 
 template <class T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
+template <class T>
 PEFTRT_INLINE F round_to(F v) {
   for (int i = 0; i < 8; ++i) v[i] = to_float(from_float<T>(v[i]));
   return v;
@@ -55,6 +61,23 @@ PEFTRT_INLINE void transpose8(F r[8]) {
   for (int i = 0; i < 8; ++i)
     for (int j = 0; j < 8; ++j) t[i][j] = r[j][i];
   for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+// Element i of vector j; the first half of every vector comes from the first 32 weights, as set_halves wants it.
+PEFTRT_INLINE int lookup_position(int j, int i) { return (i / 4) * 32 + 4 * j + i % 4; }
+
+template <class Sink>
+PEFTRT_INLINE void lookup64(const uint8_t* codes, Sink&& sink) {
+  for (int j = 0; j < 8; ++j) {
+    F v;
+    for (int i = 0; i < 8; ++i) v[i] = kNf4[nibble(codes, lookup_position(j, i))];
+    sink(j, v);
+  }
+}
+
+PEFTRT_INLINE void to_lookup_order(const float* from, float* to) {
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 8; ++i) to[8 * j + i] = from[lookup_position(j, i)];
 }
 
 template <class T, class Sink>
