@@ -1,7 +1,7 @@
 """Regular expressions of configurations, matched within a bound.
 
-``re`` has no limit: ``(a+)+$`` against a name of forty letters runs for hours, and a configuration may come from anyone.
-The package ``regex`` reads the same syntax and takes a time limit.
+``re`` has no limit: ``(a+)+$`` against a name of forty letters runs for hours, and a configuration may come from
+anyone. The package ``regex`` reads the same syntax and takes a time limit.
 """
 
 from __future__ import annotations
