@@ -1,0 +1,137 @@
+"""`peftrt info`: what is built, for which devices, and which backend serves which operation."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import peftrt
+from peftrt import _build
+from peftrt.formats.nf4 import NF4Weight
+from peftrt.ops import _native
+from peftrt.ops._define import OPS
+from peftrt.ops._weight import weight_args
+
+_SIZE = 128  # rows and columns of the sample calls
+_RANK = 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def show(as_json: bool = False) -> None:
+    """Print :func:`collect`."""
+    found = collect()
+    print(json.dumps(found, indent=2) if as_json else text(found))
+
+
+def collect() -> dict[str, Any]:
+    """Versions, the native library, the devices; for every operation, device and dtype the backend and the reasons."""
+    return {
+        "peftrt": peftrt.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("torch", "triton", "transformers")},
+        "native": _native_library(),
+        "devices": _devices(),
+        "forced": os.environ.get("PEFTRT_BACKEND"),
+        "ops": {op: {device: _choices(op, device) for device in _kinds()} for op in sorted(OPS)},
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in found["packages"].items())
+    native = found["native"]
+    lines = [f"peftrt {found['peftrt']} (Python {found['python']}; {packages})", "", "native code"]
+    if native["error"]:
+        lines.append(f"  {native['error']}")
+    else:
+        lines += [
+            f"  {native['library']}",
+            f"  instruction sets: {', '.join(native['built_for'])}; in use: {native['isa']}",
+        ]
+        lines.append(f"  compiled against torch {native['torch']} with {native['compiler']}")
+    lines += ["", "devices", *(f"  {name}: {what}" for name, what in found["devices"].items()), ""]
+    if found["forced"]:
+        lines += [f"PEFTRT_BACKEND={found['forced']} forces a backend", ""]
+    width = max(len(op) for op in found["ops"])
+    for device in _kinds():
+        lines.append(f"{f'operation on {device}':{width + 2}}  " + "".join(f"{dtype:12}" for dtype in DTYPES))
+        reasons: dict[str, None] = {}
+        for op, devices in found["ops"].items():
+            cells = devices[device]
+            lines.append(f"  {op:{width}}  " + "".join(f"{cell['backend']:12}" for cell in cells.values()).rstrip())
+            for cell in cells.values():
+                reasons |= {f"  {op}: not {name}: {why}": None for name, why in cell["not"].items()}
+        lines += [*reasons, ""]
+    return "\n".join(lines).rstrip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _native_library() -> dict[str, Any]:
+    stamp = _build.read_stamp() or {}
+    error = _native.load()
+    return {
+        "library": str(_native.library_path()),
+        "error": error,
+        "isa": _native.isa(),
+        "built_for": sorted(stamp.get("isa", {})),  # type: ignore[call-overload]
+        "torch": stamp.get("torch"),
+        "compiler": stamp.get("compiler"),
+    }
+
+
+def _devices() -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = {"cpu": f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads in torch"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        devices[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+    if len(devices) == 1:
+        devices["cuda"] = "none found" if torch.version.cuda or torch.version.hip else "this torch is for CPUs only"
+    return devices
+
+
+def _kinds() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def _choices(op: str, device: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, dtype in DTYPES.items():
+        choice = OPS[op].choice(*sample(op, device, dtype))
+        found[name] = {"backend": choice.backend.name if choice.backend else "none", "not": dict(choice.reasons)}
+    return found
+
+
+def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of a small call of an operation: its choice of a backend is asked for, the call is not made."""
+    dense = torch.zeros(_SIZE, _SIZE)
+    x = dense.to(device, dtype)
+    weight = NF4Weight.quantize(dense).to(device)
+    nf4 = weight_args(op, weight)
+    A, B = x[:_RANK], x[:, :_RANK].contiguous()
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    slots = torch.zeros(_SIZE, dtype=torch.int32, device=device)
+    table = (A, A, one * _RANK, one * 0, one.float(), slots)
+    calls: dict[str, tuple[Any, ...]] = {
+        "nf4_quantize": (x, 64, True),
+        "nf4_dequantize": (*nf4[:4], [_SIZE, _SIZE], 64, dtype),
+        "nf4_dequantize.out": (*nf4[:4], [_SIZE, _SIZE], 64, x),
+        "nf4_linear": (x, *nf4, None),
+        "nf4_linear_dx": (x, *nf4),
+        "lora_linear": (x, *nf4, A, B, 1.0, None, 0.0, None),
+        "multi_lora_linear": (x, *nf4, *table, None),
+        "multi_lora_linear_backward": (x, x, *table),
+    }
+    return calls[op]
