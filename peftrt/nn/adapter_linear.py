@@ -155,7 +155,7 @@ class AdapterLinear(nn.Module):
             KeyError: an unknown name.
             ValueError: a weight that is not finite, or adapters are merged.
         """
-        weights = _as_weights(names)
+        weights = as_weights(names)
         for name in weights:
             self._expect_known(name)
         if self._merged is not None and weights != self._active:
@@ -239,9 +239,13 @@ class AdapterLinear(nn.Module):
         """The adapters that are merged into the base, with their weights; None where none is."""
         return None if self._merged is None else dict(self._merged)
 
+    def original_weight(self) -> Tensor:
+        """The Parameter that ``weight`` was before anything was merged into it."""
+        return self._backup.get("weight", self.weight)
+
     def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
         """``sum_a w_a s_a B_a A_a``, fp32 [N, K]; of the active adapters by default."""
-        weights = self._active if names is None else _as_weights(names)
+        weights = self._active if names is None else as_weights(names)
         delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for name, weight in weights.items():
             delta += weight * self.adapter(name).delta()
@@ -257,7 +261,7 @@ class AdapterLinear(nn.Module):
         """
         if self._merged is not None:
             raise ValueError(f"adapters {sorted(self._merged)} are already merged")
-        weights = dict(self._active) if names is None else _as_weights(names)
+        weights = dict(self._active) if names is None else as_weights(names)
         for name in weights:
             self._expect_known(name)
         self._backup = self._merge_into_base(weights, force)
@@ -291,7 +295,8 @@ def _key(field: str, name: str) -> str:
     return field if name == DEFAULT else f"{field}@{name}"
 
 
-def _as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
+def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
+    """What ``set_active`` takes, as name -> weight; ValueError for a weight that is not finite."""
     if names is None:
         return {}
     if isinstance(names, str):

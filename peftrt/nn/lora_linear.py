@@ -161,8 +161,10 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         _begin(layer, r, adapter_name, adapter)
         return layer
 
-    def _take_over(self, linear: nn.Module, block_size: int, double_quant: bool) -> None:
-        super()._take_over(linear, block_size, double_quant)
+    def _take_over(
+        self, linear: nn.Module, block_size: int, double_quant: bool, quantized: NF4Weight | None = None
+    ) -> None:
+        super()._take_over(linear, block_size, double_quant, quantized)
         self._init_adapters()
 
     def base_weight(self) -> NF4Weight:

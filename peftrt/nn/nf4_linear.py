@@ -81,12 +81,30 @@ class NF4Linear(nn.Module):
         layer._take_over(linear, block_size, double_quant)
         return layer
 
-    def _take_over(self, linear: nn.Module, block_size: int, double_quant: bool) -> None:
+    @classmethod
+    def from_quantized(cls, linear: nn.Module, weight: NF4Weight) -> Self:
+        """Put a weight that is NF4 already in the place of an ``nn.Linear`` or Conv1D, whose own is not looked at.
+
+        Raises:
+            TypeError: another kind of module.
+            ValueError: the weight has another shape than [N, K].
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take_over(linear, weight.block_size, weight.is_nested, weight)
+        return layer
+
+    def _take_over(
+        self, linear: nn.Module, block_size: int, double_quant: bool, quantized: NF4Weight | None = None
+    ) -> None:
         source = read_dense(linear)
+        if quantized is not None and quantized.shape != (source.out_features, source.in_features):
+            expected = [source.out_features, source.in_features]
+            raise ValueError(f"expected a weight of shape {expected}, got {list(quantized.shape)}")
         self.in_features, self.out_features = source.in_features, source.out_features
         _check_sizes(self.in_features, self.out_features, block_size)
         self._origin, self._transposed = type(linear), source.transposed
-        self._set_weight(NF4Weight.quantize(source.weight, block_size, double_quant))
+        self._set_weight(quantized or NF4Weight.quantize(source.weight, block_size, double_quant))
         self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
         carry_over(linear, self)
 

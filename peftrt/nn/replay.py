@@ -1,9 +1,9 @@
 """The routing of a forward, found again in its backward, where checkpointed layers run a second time.
 
-``torch.utils.checkpoint`` calls a layer again during the backward, when the ``with rows(...)`` block around its forward has
-ended. Nothing is hung on the graph for that: autograd numbers the nodes that a thread makes, so the span of numbers that a
-block covered tells, of the node that runs now, in which block it was made. A block in which no node was made, as in serving,
-leaves nothing behind.
+``torch.utils.checkpoint`` calls a layer again during the backward, when the ``with rows(...)`` block around its forward
+has ended. Nothing is hung on the graph for that: autograd numbers the nodes that a thread makes, so the span of numbers
+that a block covered tells, of the node that runs now, in which block it was made. A block in which no node was made, as
+in serving, leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Names = tuple[str | None, ...]
 
 
 class Span:
-    """The autograd nodes ``first <= number < end`` of a thread were made under ``names``; ``end`` is None in the block."""
+    """The autograd nodes ``first <= number < end`` of a thread were made under ``names``; in the block, end is None."""
 
     def __init__(self, owner: Any, names: Names, first: int) -> None:
         self.owner = weakref.ref(owner)
@@ -88,14 +88,14 @@ def begin(owner: Any, names: Names) -> Span:
     if torch.is_grad_enabled() and _local.spans not in _threads:
         _threads.add(_local.spans)
         _ended.append(_local.spans)
-    span = Span(owner, names, torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+    span = Span(owner, names, torch.autograd._get_sequence_nr())
     _local.spans.add(span)
     return span
 
 
 def end(span: Span) -> None:
     """The block is over."""
-    span.end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    span.end = torch.autograd._get_sequence_nr()
     spans = _local.spans
     if span.end == span.first and spans is not None and spans.spans and spans.spans[-1] is span:
         spans.spans.pop()
@@ -112,12 +112,12 @@ def recall(owner: Any) -> Names | None:
     if task is not None and task.number != number and id(owner) in task.names:
         # A backward within a backward, of what a checkpointed region has just made anew.
         return task.names[id(owner)]
-    node: Any = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    node: Any = torch._C._current_autograd_node()
     span = _find(owner, node._sequence_nr())
     if task is None or task.number != number:
         task = _Task(number)
         _local.task = weakref.ref(task)
-        torch.autograd.Variable._execution_engine.queue_callback(task)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(task)
     task.names[id(owner)] = None if span is None else span.names
     return task.names[id(owner)]
 
@@ -129,8 +129,8 @@ def _find(owner: Any, node: int) -> Span | None:
         return span
     if here is not None and node < here.forgotten:
         raise RuntimeError(
-            f"a checkpointed layer runs again in the backward of a graph made more than {MAX_SPANS} rows(...) blocks ago: "
-            "its routing is not known any more; call backward sooner"
+            f"a checkpointed layer runs again in the backward of a graph made more than {MAX_SPANS} rows(...) blocks "
+            "ago: its routing is not known any more; call backward sooner"
         )
     if not _made_elsewhere(node):
         return None
@@ -140,5 +140,5 @@ def _find(owner: Any, node: int) -> Span | None:
 
 def _made_elsewhere(node: int) -> bool:
     """Whether another thread must have made the node: this one has not made so many, or is the engine's own."""
-    engines = isinstance(threading.current_thread(), threading._DummyThread)  # type: ignore[attr-defined]
-    return engines or node >= torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    engines = isinstance(threading.current_thread(), threading._DummyThread)
+    return engines or node >= torch.autograd._get_sequence_nr()

@@ -76,7 +76,7 @@ def current(owner: AdapterSet) -> Routing | None:
 
 
 def _in_backward(owner: AdapterSet) -> Routing | None:
-    """The routing of a layer that a checkpoint runs again: a block inside the region itself, or the one around its forward."""
+    """The routing of a layer that a checkpoint runs again: of a block in the region itself, or around its forward."""
     opened = (_routings.get() or {}).get(id(owner))
     if opened is not None and opened.made_in == replay.backward_number():
         return opened

@@ -1,0 +1,134 @@
+"""Which adapters of a model are used: for all calls, or for each entry of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from peftrt.adapters.state import (
+    ModelAdapters,
+    adapter_layers,
+    all_or_nothing,
+    expect_state,
+    find_state,
+    replace_module,
+    saved_modules,
+    unwrap,
+)
+from peftrt.nn.adapter_linear import as_weights
+from peftrt.nn.routing import routed
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's adapters, in the order in which they came; empty where it has none."""
+    state = find_state(model)
+    return () if state is None else tuple(state.configs)
+
+
+def active(model: nn.Module) -> dict[str, float]:
+    """The active adapters and their weights."""
+    state = find_state(model)
+    return {} if state is None else dict(state.active)
+
+
+def set_active(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
+    """Choose what the model computes with: the base alone, one adapter, or a weighted sum of several.
+
+    ``y = x W^T + b + sum_a w_a s_a (x A_a^T) B_a^T``. What requires gradients stays as it is.
+
+    Args:
+        model: a model with adapters.
+        names: None, a name, or name -> weight.
+
+    Raises:
+        ValueError: an unknown name, a weight that is not finite, adapters are merged, or several adapters have a copy
+            of one module of ``modules_to_save`` (or one of them another weight than 1): whole modules cannot be summed.
+    """
+    state = expect_state(model, "set_active")
+    weights = as_weights(names)
+    state.expect_known(weights, "set_active")
+    if state.merged is not None and weights != state.active:
+        raise ValueError(
+            f"set_active: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first"
+        )
+    for path, module in saved_modules(model, state).items():
+        held = {name: weight for name, weight in weights.items() if name in module.copy_names}
+        if len(held) > 1 or any(weight != 1.0 for weight in held.values()):
+            shown = ", ".join(f"{name!r}: {weight}" for name, weight in held.items())
+            raise ValueError(
+                f"set_active: {path} is one of modules_to_save, of which one adapter's copy can be active, with "
+                f"weight 1; got {{{shown}}}"
+            )
+    with all_or_nothing(unwrap(model)):
+        activate(model, state, weights)
+
+
+def activate(model: nn.Module, state: ModelAdapters, weights: Mapping[str, float]) -> None:
+    """Make checked ``weights`` the active ones on every layer that holds some of them."""
+    for layer in adapter_layers(model, state).values():
+        held = layer.adapter_names
+        layer.set_active({name: weight for name, weight in weights.items() if name in held})
+    for module in saved_modules(model, state).values():
+        module.choose(weights)
+    state.active = dict(weights)
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None], expand: int = 1) -> Iterator[None]:
+    """Run the model with one adapter, or none, for each entry of the batch: ``with peftrt.rows(model, ["fr", None]):``.
+
+    Holds for calls in this thread until the block ends, and for the layers that gradient checkpointing runs again in
+    the backward of those calls. Active adapters do not matter inside.
+
+    Args:
+        model: a model with adapters.
+        names: one name or None for each entry of the leading dimension of what the model is called with.
+        expand: how often each name counts, where the model repeats its batch (beams).
+
+    Raises:
+        ValueError: an unknown name, no names, ``expand`` below 1, or adapters are merged; and when the model is called,
+            another number of entries.
+        TypeError: ``names`` is a string.
+    """
+    state = expect_state(model, "rows")
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"rows: names must be a list with one adapter's name or None an entry, got {names!r}")
+    if not names:
+        raise ValueError("rows: names must hold one adapter's name or None for each entry of the batch, got none")
+    if isinstance(expand, bool) or not isinstance(expand, int) or expand < 1:
+        raise ValueError(f"rows: expand must be an integer of at least 1, got {expand!r}")
+    state.expect_known(names, "rows")
+    if state.merged is not None:
+        raise ValueError(f"rows: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
+    with routed(state, names, expand):
+        yield
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Forget an adapter; if it is active, it is so no more. The layers stay, and so does a quantised base.
+
+    Raises:
+        ValueError: an unknown name, or it is merged.
+    """
+    state = expect_state(model, "remove")
+    state.expect_known([name], "remove")
+    if state.merged is not None and name in state.merged:
+        raise ValueError(f"remove: adapter {name!r} is merged into the base; call peftrt.unmerge first")
+    with all_or_nothing(unwrap(model)):
+        detach(model, state, name)
+
+
+def detach(model: nn.Module, state: ModelAdapters, name: str) -> None:
+    """Take a known adapter off every layer."""
+    for layer in adapter_layers(model, state).values():
+        if name in layer.adapter_names:
+            layer.remove_adapter(name)
+    for module in saved_modules(model, state).values():
+        if name in module.copy_names:
+            module.remove_copy(name)
+        if not module.copy_names:
+            replace_module(unwrap(model), module, module.base)
+    state.active.pop(name, None)
+    del state.configs[name]

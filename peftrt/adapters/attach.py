@@ -1,0 +1,269 @@
+"""adapt: put a new adapter on a model, whose base may be quantised on the way."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftrt.adapters.active import activate
+from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.lora_state import LoraState
+from peftrt.adapters.plan import Plan, make_plan, with_task_heads
+from peftrt.adapters.report import AdaptReport, make_report, model_bytes
+from peftrt.adapters.saved import SavedModule
+from peftrt.adapters.source import MetaSource
+from peftrt.adapters.state import (
+    ModelAdapters,
+    all_or_nothing,
+    attach_state,
+    base_model_name,
+    check_new_name,
+    expect_data,
+    find_state,
+    replace_module,
+    unwrap,
+)
+from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES
+from peftrt.nn import AdapterLinear, LoRALinear, NF4Linear, QLoRALinear
+
+
+def adapt(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    name: str = "default",
+    quantize: str | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    adapter_dtype: torch.dtype = torch.float32,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> AdaptReport:
+    """Put a new LoRA adapter on a model, in place, and make it the one that is trained.
+
+    Every target becomes ``y = x W^T + b + s (drop(x) A^T) B^T`` with W frozen, in NF4 where asked. The new adapter is
+    active and
+    the only thing that requires gradients: its matrices, and a copy of each module of ``modules_to_save``. With a
+    ``task_type`` of classification or question answering the model's head is among those, as in HF peft. Everything is
+    checked before anything is changed; after an error the model is as it was.
+
+    Args:
+        model: any module; a Hugging Face one too. ``nn.Linear`` and GPT-2's ``Conv1D`` can be adapted.
+        config: what to adapt, and how.
+        name: of the new adapter. A second one is added to the layers that are there.
+        quantize: ``"nf4"`` or None. Weights are quantised one by one, on the device they are on, and released: there is
+            never a second copy of the model. A weight that something else uses as well (a head tied to the embedding)
+            stays dense.
+            For a further adapter: the same as for the first.
+        block_size, double_quant: of NF4; see :func:`peftrt.ops.nf4_quantize`.
+        adapter_dtype: of A and B: fp32, bf16 or fp16.
+        checkpoint: for a model without data (built on the meta device, or under :func:`peftrt.empty_weights`): a
+            safetensors file, its index or a directory, which is read tensor by tensor while the model is quantised.
+        device: where a model without data is built.
+        dtype: of its dense weights; by default as in the checkpoint.
+
+    Returns:
+        A report: what matched and what did not, trainable share, bytes, the kernel of each site.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; ConfigError for a target that matches nothing, with close
+            names, UnsupportedError for one that cannot be adapted, AdapterNameError for a name that is taken. Should
+            memory run out in the middle of quantising, the weights that were quantised by then stay so, and the error
+            says how many.
+
+    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
+    """
+    model = _check_arguments(model, config, quantize, block_size, adapter_dtype)
+    state = find_state(model) or ModelAdapters()
+    check_new_name(name, state.configs)
+    _expect_unmerged(state)
+    storage = (
+        {"quantize": quantize, "block_size": block_size, "double_quant": double_quant}
+        if quantize
+        else {"quantize": None}
+    )
+    if state.storage is not None and state.storage != storage:
+        raise ValueError(f"adapt: the model's layers were adapted with {_shown(state.storage)}, got {_shown(storage)}")
+    config = with_task_heads(model, config)
+    if config.base_model_name_or_path is None:
+        config = replace(config, base_model_name_or_path=base_model_name(model))
+    plan = make_plan(model, config, state)
+    bytes_before = model_bytes(model)
+    attach = partial(_attach_and_train, model, state, name, config, plan, adapter_dtype)
+    if checkpoint is not None:
+        with MetaSource(model, checkpoint, device, dtype, storage) as source, all_or_nothing(model):
+            _wrap(model, plan, state, storage, source)
+            source.fill_rest()
+            attach()
+    elif quantize is None:
+        expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
+        with all_or_nothing(model):
+            _wrap(model, plan, state, storage, None)
+            attach()
+    else:
+        expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
+        _expect_finite(model, plan)
+        # Quantised weights are released one by one, so that part cannot be taken back.
+        _wrap(model, plan, state, storage, None)
+        with all_or_nothing(model):
+            attach()
+    return make_report(model, state, name, plan, bytes_before)
+
+
+def attach_adapter(
+    model: nn.Module,
+    state: ModelAdapters,
+    name: str,
+    config: LoraConfig,
+    plan: Plan,
+    *,
+    adapter_dtype: torch.dtype,
+    tensors: LoraState | None = None,
+) -> None:
+    """Give every layer of the plan, which must hold adapters by now, its share of a new one.
+
+    ``tensors`` is a LoraState with the values of all of it, or None for initial values.
+    """
+    for path in plan.paths:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, AdapterLinear)
+        adapter = layer.add_adapter(
+            name,
+            r=config.rank_for(path),
+            lora_alpha=config.alpha_for(path),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            init=config.init_lora_weights,
+            adapter_dtype=adapter_dtype,
+        )
+        if tensors is not None:
+            with torch.no_grad():
+                for parameter, value in zip((adapter.lora_A, adapter.lora_B), tensors.pairs[path], strict=True):
+                    parameter.copy_(value)
+    for path in plan.saved:
+        module = model.get_submodule(path)
+        if not isinstance(module, SavedModule):
+            wrapper = SavedModule(module, state)
+            replace_module(model, module, wrapper)
+            module = wrapper
+        module.add_copy(name, None if tensors is None else tensors.saved[path])
+    state.configs[name] = config
+    attach_state(model, state)
+
+
+def adapter_parameters(model: nn.Module, name: str, plan: Plan) -> list[nn.Parameter]:
+    """What is trained of an adapter."""
+    found: list[nn.Parameter] = []
+    for path in plan.paths:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, AdapterLinear)
+        adapter = layer.adapter(name)
+        found += [adapter.lora_A, adapter.lora_B]
+    for path in plan.saved:
+        module = model.get_submodule(path)
+        assert isinstance(module, SavedModule)
+        found += [parameter for parameter in module.copy_of(name).parameters() if parameter.is_floating_point()]
+    return found
+
+
+def wrap_dense(model: nn.Module, plan: Plan, state: ModelAdapters) -> None:
+    """Put layers without adapters in the place of the plan's dense modules; nothing is quantised or copied."""
+    for path in plan.paths:
+        _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
+
+
+def _attach_and_train(
+    model: nn.Module, state: ModelAdapters, name: str, config: LoraConfig, plan: Plan, adapter_dtype: torch.dtype
+) -> None:
+    attach_adapter(model, state, name, config, plan, adapter_dtype=adapter_dtype)
+    trained = set(map(id, adapter_parameters(model, name, plan)))
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    activate(model, state, {name: 1.0})
+
+
+def _wrap(
+    model: nn.Module, plan: Plan, state: ModelAdapters, storage: dict[str, Any], source: MetaSource | None
+) -> None:
+    """Bring every target into the form that holds adapters, quantised where asked, and release what it was made of."""
+    options = {key: value for key, value in storage.items() if key != "quantize"}
+    paths = plan.paths if source is None else source.in_file_order(plan.paths)
+    done = 0
+    try:
+        for path in paths:
+            if source is not None:
+                source.fill(path)
+            if storage["quantize"] is None or path in plan.shared:
+                _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
+            else:
+                _swap(model, path, state, lambda module: QLoRALinear.from_linear(module, r=None, **options))
+                done += path in plan.new
+            state.storage = storage
+            attach_state(model, state)
+    except BaseException as error:
+        if done and source is None:
+            error.add_note(f"peftrt.adapt: {done} of {len(plan.new)} weights were quantised before this and stay so")
+        raise
+
+
+def _swap(model: nn.Module, path: str, state: ModelAdapters, make: Any) -> None:
+    # The old module must be gone when this returns: its weight may be the only thing that keeps memory from being
+    # freed.
+    old = model.get_submodule(path)
+    if isinstance(old, AdapterLinear):
+        old.owner = state
+        return
+    new = take_over_nf4(old) if isinstance(old, NF4Linear) else make(old)
+    new.owner = state
+    replace_module(model, old, new)
+
+
+def take_over_nf4(layer: NF4Linear) -> QLoRALinear:
+    """A layer that can hold adapters, with the NF4 layer's own Parameters."""
+    new = QLoRALinear.__new__(QLoRALinear)
+    attributes = layer.__dict__
+    new.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in attributes.items()})
+    new._init_adapters()
+    return new
+
+
+def _check_arguments(
+    model: nn.Module, config: LoraConfig, quantize: str | None, block_size: int, adapter_dtype: torch.dtype
+) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"adapt: config must be a peftrt.LoraConfig, got {type(config).__name__}")
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"adapt: quantize must be 'nf4' or None, got {quantize!r}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"adapt: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+    if adapter_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"adapt: adapter_dtype must be fp32, bf16 or fp16, got {adapter_dtype!r}")
+    return unwrap(model)
+
+
+def _expect_unmerged(state: ModelAdapters) -> None:
+    if state.merged is not None:
+        raise ValueError(f"adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
+
+
+def _expect_finite(model: nn.Module, plan: Plan) -> None:
+    """NaN cannot be quantised: it would become a number."""
+    for path in plan.new:
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, torch.Tensor)
+        # A sum is one pass without a temporary of the weight's size; only where it is not finite, look closer.
+        suspicious = weight.is_floating_point() and not bool(weight.detach().sum(dtype=torch.float32).isfinite())
+        if suspicious and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"adapt: {path}.weight holds NaN or infinity, which NF4 cannot represent")
+
+
+def _shown(storage: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in storage.items())

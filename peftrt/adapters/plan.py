@@ -1,0 +1,214 @@
+"""What an adapter would change in a model, worked out and checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.match import is_excluded, matches, saves_module, unmatched_patterns, unmatched_targets
+from peftrt.adapters.saved import SavedModule
+from peftrt.adapters.state import ModelAdapters
+from peftrt.formats.errors import ConfigError, UnsupportedError
+from peftrt.nn import AdapterLinear, NF4Linear
+from peftrt.nn.source import is_conv1d, unsuitable
+
+# peft's names of the heads that a task trains whole, because they come untrained.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass
+class Plan:
+    """The modules that an adapter touches, by path.
+
+    Attributes:
+        new: dense modules that get a layer with adapters in their place.
+        existing: layers with adapters that get one more.
+        saved: modules that get a trainable copy.
+        left_out: path -> why a linear module is not adapted.
+        shared: path in ``new`` -> where else its weight is used: quantising it would cut that tie.
+    """
+
+    new: list[str] = field(default_factory=list)
+    existing: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """All that hold a pair of matrices, those new to adapters first."""
+        return [*self.new, *self.existing]
+
+
+def with_task_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """``config`` with the heads of its ``task_type`` among ``modules_to_save``, as peft's model classes add them."""
+    paths = [path for path, _ in model.named_modules() if path and "copy@" not in path]
+    heads = [name for name in _HEADS.get(config.task_type or "", ()) if any(path.endswith(name) for path in paths)]
+    present = tuple(config.modules_to_save or ())
+    missing = tuple(name for name in heads if name not in present)
+    return replace(config, modules_to_save=present + missing) if missing else config
+
+
+def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Plan:
+    """Match the configuration with the model.
+
+    Raises:
+        ConfigError: a target, pattern or module to save that matches nothing (the message has close names).
+        UnsupportedError: a target that is no linear module, or that cannot be replaced; the message says why.
+    """
+    if is_linear(model):
+        raise UnsupportedError(
+            f"the model itself is a {type(model).__name__}, which cannot be replaced inside itself: use "
+            "peftrt.LoRALinear.from_linear or peftrt.QLoRALinear.from_linear"
+        )
+    plan = Plan()
+    head = output_head(model, config)
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or (inside and path.startswith(inside)) or is_under(path, plan.saved):
+            continue
+        if isinstance(module, SavedModule):
+            inside = (*inside, path + ".")
+        if saves_module(path, config):
+            _check_saved(path, module, state)
+            plan.saved.append(path)
+        elif matches(path, config):
+            _sort_in(plan, path, module, config, state, head)
+        elif is_linear(module):
+            excluded = is_excluded(path, config)
+            plan.left_out[path] = "excluded" if excluded else "not among target_modules"
+    _check_everything_matched(model, config, plan)
+    plan.shared = _shared_weights(model, plan.new)
+    return plan
+
+
+def _sort_in(
+    plan: Plan, path: str, module: nn.Module, config: LoraConfig, state: ModelAdapters, head: nn.Module | None
+) -> None:
+    """Put a module that the configuration names where it belongs, or say why it belongs nowhere."""
+    reason = cannot_adapt(module, state)
+    if config.targets_all_linear:
+        if not is_linear(module):
+            return
+        if module is head:
+            plan.left_out[path] = "the output head"
+            return
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            plan.left_out[path] = str(reason)
+            return
+    if reason is not None:
+        raise UnsupportedError(f"target_modules: {path} cannot be adapted: {reason}")
+    (plan.existing if isinstance(module, AdapterLinear) else plan.new).append(path)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """What "all-linear" means."""
+    return isinstance(module, nn.Linear | AdapterLinear | NF4Linear) or is_conv1d(module)
+
+
+def cannot_adapt(module: nn.Module, state: ModelAdapters) -> str | None:
+    """Why the module cannot hold an adapter; None where it can."""
+    if isinstance(module, AdapterLinear):
+        if module.owner is not state and module.adapter_names:
+            return f"it is a {type(module).__name__} with adapters of its own ({', '.join(module.adapter_names)})"
+        return None
+    if isinstance(module, NF4Linear):
+        return None
+    if isinstance(module, SavedModule):
+        return f"it is among modules_to_save of {', '.join(map(repr, module.copy_names))}"
+    if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__module__.startswith("bitsandbytes"):
+        return (
+            f"{type(module).__name__} is quantised by bitsandbytes already; load the model without a "
+            "quantization_config and pass quantize='nf4', or adapt a model built without data with checkpoint=PATH, which "
+            "takes bitsandbytes' weights as they are"
+        )
+    if "forward" in module.__dict__:
+        return f"the forward of this {type(module).__name__} was replaced (by accelerate's hooks?), and would be lost"
+    return unsuitable(module)
+
+
+def output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+    """The head that "all-linear" leaves out, found as peft finds it."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if head is None and config.task_type == "SEQ_CLS":
+        named = (getattr(model, name, None) for name in ("score", "classifier"))
+        head = next((module for module in named if module is not None), None)
+    return head if isinstance(head, nn.Module) else None
+
+
+def is_under(path: str, parents: Iterable[str]) -> bool:
+    """Whether the module lies in one of ``parents``."""
+    return any(path.startswith(parent + ".") for parent in parents)
+
+
+def close_names(wanted: str, model: nn.Module) -> str:
+    """`` (close: q_proj, k_proj)``: names in the model like the one that was not found."""
+    paths = [path for path, _ in model.named_modules() if path]
+    names = dict.fromkeys([path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()])
+    close = difflib.get_close_matches(wanted.rpartition(".")[2], names, n=4, cutoff=0.5)
+    close += [path for path in difflib.get_close_matches(wanted, paths, n=2, cutoff=0.8) if path not in close]
+    if not close:
+        linear = dict.fromkeys(path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module))
+        return f"; its linear modules are called {', '.join(linear)}" if linear else "; it has no linear modules"
+    return f"; close names: {', '.join(close)}"
+
+
+def _check_saved(path: str, module: nn.Module, state: ModelAdapters) -> None:
+    if isinstance(module, SavedModule):
+        return
+    for inner, child in module.named_modules():
+        if isinstance(child, AdapterLinear | NF4Linear):
+            where = f"{path}.{inner}" if inner else path
+            kind = type(child).__name__
+            raise UnsupportedError(f"modules_to_save: {path} cannot be trained whole: {where} is already a {kind}")
+
+
+def _check_everything_matched(model: nn.Module, config: LoraConfig, plan: Plan) -> None:
+    missing = unmatched_targets(config, plan.paths)
+    if missing:
+        details = [f"{name!r} matches no module of the model{close_names(name, model)}" for name in missing[:8]]
+        if config.targets_all_linear:
+            details = ["'all-linear' finds no linear module that can be adapted"]
+        raise ConfigError(f"target_modules: {'. '.join(details)}")
+    unused = unmatched_patterns(config, plan.paths)
+    if unused:
+        raise ConfigError(f"{unused[0]} matches no module that is adapted; those are {_some(plan.paths)}")
+    for name in config.modules_to_save or ():
+        if not any(path.endswith(name) for path in plan.saved):
+            raise ConfigError(f"modules_to_save: {name!r} matches no module of the model{close_names(name, model)}")
+
+
+def _shared_weights(model: nn.Module, paths: list[str]) -> dict[str, str]:
+    """Path -> another module's path whose weight is the same tensor, as a tied head's is that of the embedding."""
+    users: defaultdict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users[_identity(parameter)].append((path, module))
+    shared = {}
+    for path in paths:
+        others = [user for user in users[_identity(model.get_submodule(path).weight)] if user[0] != path]
+        if others:
+            shared[path] = others[0][0]
+    return shared
+
+
+def _identity(tensor: Tensor | nn.Module) -> Any:
+    assert isinstance(tensor, Tensor)
+    if tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
