@@ -75,8 +75,8 @@ def float_bytes(values: Tensor) -> Tensor:
 def bytes_float(raw: Tensor) -> Tensor:
     """The inverse of :func:`float_bytes`, flat: uint8 of 4 n bytes to fp32 [n]."""
     raw = raw.reshape(-1)
-    if raw.storage_offset() % 4:  # a view into a file's buffer need not be aligned for fp32
-        raw = raw.clone()
+    if raw.storage_offset() % 4 or not raw.is_contiguous():  # a view into a file's buffer need not be aligned for fp32
+        raw = raw.clone(memory_format=torch.contiguous_format)
     return raw.view(torch.float32)
 
 
