@@ -56,6 +56,21 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 def strided(tensor: Tensor) -> Tensor:
     """The same values with gaps between the elements, and between the rows."""
-    *lead, rows, columns = tensor.shape
-    room = tensor.new_empty(*lead, 2 * rows, 3 * columns)
-    return room[..., ::2, ::3].copy_(tensor)
+    room = tensor.new_empty(*(2 * size for size in tensor.shape[:-1]), 3 * tensor.shape[-1])
+    return room[(*(slice(None, None, 2),) * (tensor.dim() - 1), slice(None, None, 3))].copy_(tensor)
+
+
+LAYOUTS = ("contiguous", "strided", "misaligned", "transposed", "expanded")
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The values of ``tensor`` in another layout ("expanded": its first row, everywhere, with stride 0)."""
+    if layout == "strided":
+        return strided(tensor)
+    if layout == "misaligned":
+        return misaligned(tensor)
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded" and tensor.dim() > 1 and tensor.shape[0] > 0:
+        return tensor[:1].expand(tensor.shape)
+    return tensor

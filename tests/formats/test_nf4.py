@@ -98,7 +98,7 @@ def test_codes_equal_bitsandbytes(block_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_nested_scales_equal_bitsandbytes(block_size: int, dtype: torch.dtype) -> None:
-    """Its 8-bit search now and then takes a neighbour of the nearest level (2 of 1,000 scales); ours is never farther."""
+    """Its 8-bit search now and then takes a neighbour of the nearest level (2 of 1,000); ours is never farther."""
     weight = randn(2**17 + 7, seed=block_size, dtype=dtype) * 0.02
     state_dict = theirs(weight, block_size, True)
     ours = NF4Weight.from_bnb(NF4Weight.quantize(weight, block_size).to_bnb())
