@@ -7,9 +7,50 @@ if (Path(__file__).parent.parent / "kernels" / "_nf4.py").is_file():
     __path__.append(str(Path(__file__).parent.parent))
 
 from peftrt import nn, ops
+from peftrt.adapters import (
+    AdaptReport,
+    LoraConfig,
+    active_adapters,
+    adapt,
+    adapter_names,
+    empty_weights,
+    explain,
+    export,
+    load,
+    merge,
+    remove,
+    rows,
+    save,
+    set_active,
+    unmerge,
+)
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "LoRALinear", "NF4Linear", "NF4Weight", "QLoRALinear", "backend", "nn", "ops"]
+__all__ = [
+    "AdaptReport",
+    "BackendError",
+    "LoRALinear",
+    "LoraConfig",
+    "NF4Linear",
+    "NF4Weight",
+    "QLoRALinear",
+    "active_adapters",
+    "adapt",
+    "adapter_names",
+    "backend",
+    "empty_weights",
+    "explain",
+    "export",
+    "load",
+    "merge",
+    "nn",
+    "ops",
+    "remove",
+    "rows",
+    "save",
+    "set_active",
+    "unmerge",
+]

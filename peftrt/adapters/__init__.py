@@ -1,12 +1,12 @@
 """Adapters on whole models: attach, activate, save, load, merge, export, and say what was done."""
 
-from peftrt.adapters.active import active, adapters, remove, rows, set_active
+from peftrt.adapters.activation import active_adapters, adapter_names, remove, rows, set_active
 from peftrt.adapters.attach import adapt
 from peftrt.adapters.configs import LoraConfig
-from peftrt.adapters.explain import Explanation, SiteChoice, explain
-from peftrt.adapters.export import export
+from peftrt.adapters.explaining import Explanation, SiteChoice, explain
+from peftrt.adapters.exporting import export
 from peftrt.adapters.io import load, save
-from peftrt.adapters.merge import merge, unmerge
+from peftrt.adapters.merging import merge, unmerge
 from peftrt.adapters.report import AdaptedSite, AdaptReport
 from peftrt.adapters.source import empty_weights
 
@@ -16,9 +16,9 @@ __all__ = [
     "Explanation",
     "LoraConfig",
     "SiteChoice",
-    "active",
+    "active_adapters",
     "adapt",
-    "adapters",
+    "adapter_names",
     "empty_weights",
     "explain",
     "export",

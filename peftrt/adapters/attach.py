@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftrt.adapters.active import activate
+from peftrt.adapters.activation import activate
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.plan import Plan, make_plan, with_task_heads

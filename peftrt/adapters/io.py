@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftrt.adapters.active import activate, detach
+from peftrt.adapters.activation import activate, detach
 from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dense
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors

@@ -129,8 +129,8 @@ def cannot_adapt(module: nn.Module, state: ModelAdapters) -> str | None:
     if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__module__.startswith("bitsandbytes"):
         return (
             f"{type(module).__name__} is quantised by bitsandbytes already; load the model without a "
-            "quantization_config and pass quantize='nf4', or adapt a model built without data with checkpoint=PATH, which "
-            "takes bitsandbytes' weights as they are"
+            "quantization_config and pass quantize='nf4', or adapt a model built without data with checkpoint=PATH, "
+            "which takes bitsandbytes' weights as they are"
         )
     if "forward" in module.__dict__:
         return f"the forward of this {type(module).__name__} was replaced (by accelerate's hooks?), and would be lost"

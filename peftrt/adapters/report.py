@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from peftrt.adapters.configs import LoraConfig
-from peftrt.adapters.explain import SiteChoice, collapse, site_choice
+from peftrt.adapters.explaining import SiteChoice, collapse, site_choice
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.state import ModelAdapters
 from peftrt.nn import AdapterLinear, NF4Linear, QLoRALinear

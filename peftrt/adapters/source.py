@@ -128,7 +128,8 @@ class MetaSource:
         if (weight.block_size, weight.is_nested) != wanted:
             raise FormatError(
                 f"{self.path}: {key!a} is quantised with block_size={weight.block_size}, "
-                f"double_quant={weight.is_nested}, adapt was called with block_size={wanted[0]}, double_quant={wanted[1]}"
+                f"double_quant={weight.is_nested}, adapt was called with block_size={wanted[0]}, "
+                f"double_quant={wanted[1]}"
             )
         if layer.bias is not None:
             self._places[id(layer.bias)].append((layer, "bias"))

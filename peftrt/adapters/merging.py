@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from peftrt.adapters.active import activate, set_active
+from peftrt.adapters.activation import activate, set_active
 from peftrt.adapters.state import adapter_layers, all_or_nothing, expect_state, unwrap
 from peftrt.nn import AdapterLinear, QLoRALinear
 from peftrt.nn.adapter_linear import as_weights
@@ -76,5 +76,6 @@ def _refuse_nf4(layers: Mapping[str, AdapterLinear], weights: Mapping[str, float
     raise ValueError(
         f"merge: the base is NF4: rounding to its sixteen levels would lose {share:.1%} of the change that "
         f"{', '.join(map(repr, weights))} makes (measured on {len(sample)} of {len(quantized)} layers). Serve "
-        "the adapter as it is, write the merged model with peftrt.export(model, path, dtype=torch.bfloat16), or pass force=True"
+        "the adapter as it is, write the merged model with peftrt.export(model, path, dtype=torch.bfloat16), or pass "
+        "force=True"
     )

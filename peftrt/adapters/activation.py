@@ -21,13 +21,13 @@ from peftrt.nn.adapter_linear import as_weights
 from peftrt.nn.routing import routed
 
 
-def adapters(model: nn.Module) -> tuple[str, ...]:
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the model's adapters, in the order in which they came; empty where it has none."""
     state = find_state(model)
     return () if state is None else tuple(state.configs)
 
 
-def active(model: nn.Module) -> dict[str, float]:
+def active_adapters(model: nn.Module) -> dict[str, float]:
     """The active adapters and their weights."""
     state = find_state(model)
     return {} if state is None else dict(state.active)
