@@ -1,0 +1,58 @@
+"""The sizes that are measured: weights as (N, K), rows as M. The one place for them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Site(NamedTuple):
+    """A linear layer's weight: N out features, K in features."""
+
+    N: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.K}"
+
+
+RANK = 16
+
+CPU_SITES = (Site(4096, 4096), Site(14336, 4096), Site(4096, 14336))
+CPU_ROWS = (1, 4, 16, 64, 512)
+CPU_LORA_ROWS = (1, 16, 256, 512)
+
+GPU_SITES = (
+    # Llama-3.1-8B: qkv, o, gate_up, down
+    Site(6144, 4096),
+    Site(4096, 4096),
+    Site(28672, 4096),
+    Site(4096, 14336),
+    # 70B at tensor-parallel 8: qkv, o, gate_up, down
+    Site(1280, 8192),
+    Site(8192, 1024),
+    Site(7168, 8192),
+    Site(8192, 3584),
+    Site(8192, 8192),
+)
+GPU_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+GPU_LORA_ROWS = (1, 16, 512, 2048, 8192)
+
+# Small enough that every cell takes well under a second: shows that the machinery works, and nothing about speed.
+QUICK_SITES = (Site(512, 1024),)
+QUICK_ROWS = (1, 16)
+
+
+def sites(device: str, quick: bool = False) -> tuple[Site, ...]:
+    """The weights to measure on ``"cpu"`` or ``"cuda"``."""
+    if quick:
+        return QUICK_SITES
+    return CPU_SITES if device == "cpu" else GPU_SITES
+
+
+def rows(device: str, quick: bool = False, lora: bool = False) -> tuple[int, ...]:
+    """The values of M to measure on ``"cpu"`` or ``"cuda"``; fewer for ``lora``, whose cells cost more."""
+    if quick:
+        return QUICK_ROWS
+    if device == "cpu":
+        return CPU_LORA_ROWS if lora else CPU_ROWS
+    return GPU_LORA_ROWS if lora else GPU_ROWS

@@ -1,0 +1,85 @@
+"""What every result is held against: products in float64, decoded here apart from the package's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftrt import NF4Weight
+from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, NESTED_BLOCK_SIZE, NF4_CODEBOOK, bytes_float
+
+# Rows of the weight decoded at a time: bounds the float64 copies to about 120 MB each.
+CHUNK = 1024
+
+# The largest error, as a share of the largest true value, that a contender may be timed with. Wide enough for a peer
+# that rounds to the dtype along its way, far too narrow for a wrong result.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+
+
+def decode(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """``[N, K]`` in ``dtype``, exact: each rounding of the format's definition is made from a float64 product."""
+    return torch.cat(list(_decoded_rows(weight, dtype)))
+
+
+def _decoded_rows(weight: NF4Weight, dtype: torch.dtype) -> Iterator[Tensor]:
+    N, K = weight.shape
+    scales = _scales(weight).view(N, -1).repeat_interleave(weight.block_size, dim=1)
+    codebook = NF4_CODEBOOK.to(weight.device).double()
+    codes = weight.codes.view(N, -1)
+    for start in range(0, N, CHUNK):
+        packed = codes[start : start + CHUNK]
+        levels = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1, K)
+        yield (codebook[levels.int()] * scales[start : start + CHUNK]).float().to(dtype)
+
+
+def _scales(weight: NF4Weight) -> Tensor:
+    if weight.nested_absmax is None or weight.nested_offset is None:
+        return bytes_float(weight.absmax).double()
+    codes = weight.absmax.reshape(-1)
+    steps = bytes_float(weight.nested_absmax).double().repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    product = (DYNAMIC_CODEBOOK.to(codes.device).double()[codes.int()] * steps).float()
+    return (product.double() + bytes_float(weight.nested_offset).double()).float().double()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in float64; x ``[M, K]``, W ``[N, K]``."""
+    wide = x.detach().double()
+    return torch.cat([wide @ rows.double().t() for rows in weight.split(CHUNK)], dim=1)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """``dy W`` in float64; dy ``[M, N]``, W ``[N, K]``."""
+    parts = zip(dy.double().split(CHUNK, dim=1), weight.split(CHUNK), strict=True)
+    return sum((part @ rows.double() for part, rows in parts), dy.new_zeros((), dtype=torch.float64))
+
+
+def lora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``x W^T + s (x A^T) B^T`` in float64."""
+    wide, A, B = (tensor.detach().double() for tensor in (x, lora_A, lora_B))
+    return linear(x, weight) + scaling * (wide @ A.t() @ B.t())
+
+
+def lora_gradients(
+    x: Tensor, dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA, dB in float64."""
+    wide, grad, A, B = (tensor.detach().double() for tensor in (x, dy, lora_A, lora_B))
+    inner = scaling * (grad @ B)
+    return linear_dx(dy, weight) + inner @ A, inner.t() @ wide, scaling * (grad.t() @ (wide @ A.t()))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest absolute error as a share of the largest true magnitude; infinite where a value is not finite.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"shape {list(actual.shape)}, expected {list(expected.shape)}")
+    got = actual.detach()
+    if not bool(got.isfinite().all()):
+        return float("inf")
+    error, scale = float((got.double() - expected).abs().max()), float(expected.abs().max())
+    return error / scale if scale else error
