@@ -65,25 +65,23 @@ def test_forward_and_input_gradient_equal_fp64(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(256, 512), (255, 513), (512, 1), (1, 512), (64, 4096)])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 16, 33, 64, 130])
+@pytest.mark.parametrize(("n", "k"), [(256, 512), (255, 513), (512, 1), (1, 512), (64, 2048)])
 @pytest.mark.parametrize("backend", [NATIVE])
-def test_native_equals_the_reference_at_every_kernels_range(
-    backend: str, m: int, n: int, k: int, dtype: torch.dtype
-) -> None:
+def test_native_equals_the_reference_at_every_kernels_range(backend: str, n: int, k: int, dtype: torch.dtype) -> None:
     weight = nf4(n, k, dtype=dtype)
-    x, dy, b = randn(m, k, dtype=dtype), randn(m, n, dtype=dtype), randn(n, dtype=dtype)
-    with peftrt.backend("reference"):
-        expected, expected_dx = ops.nf4_linear(x, weight, b), dx(dy, weight)
-    with peftrt.backend(backend):
-        assert_close(ops.nf4_linear(x, weight, b), expected)
-        assert_close(dx(dy, weight), expected_dx)
+    for m in (1, 2, 3, 4, 7, 16, 33, 64, 130):
+        x, dy, b = randn(m, k, dtype=dtype), randn(m, n, dtype=dtype), randn(n, dtype=dtype)
+        with peftrt.backend("reference"):
+            expected, expected_dx = ops.nf4_linear(x, weight, b), dx(dy, weight)
+        with peftrt.backend(backend):
+            assert_close(ops.nf4_linear(x, weight, b), expected)
+            assert_close(dx(dy, weight), expected_dx)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("k", [64, 33])
+@pytest.mark.parametrize("k", [32, 33])
 def test_gradients_equal_finite_differences(k: int, bias: bool) -> None:
-    weight = nf4(3, k)
+    weight = nf4(3, k, block=32)
     x = randn(2, 1, k, dtype=torch.float64).requires_grad_()
     b = randn(3, dtype=torch.float64).requires_grad_() if bias else None
     inputs = (x,) if b is None else (x, b)
@@ -96,18 +94,14 @@ def test_gradients_equal_finite_differences(k: int, bias: bool) -> None:
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "nested"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, dtype: torch.dtype, nested: bool) -> None:
-    if backend == "native" and dtype == torch.float64:
-        pytest.skip("fp64 is served by the reference alone")
     weight = weight_args("nf4_linear", nf4(6, 64, nested=nested))
-    for m in (0, 1, 3):
+    for m in (0, 3):
         x, dy, b = (randn(*shape, dtype=dtype).requires_grad_() for shape in ((m, 64), (m, 6), (6,)))
         with peftrt.backend(backend):
             torch.library.opcheck(torch.ops.peftrt.nf4_linear.default, (x, *weight, b))
-            torch.library.opcheck(torch.ops.peftrt.nf4_linear.default, (x, *weight, None))
             torch.library.opcheck(torch.ops.peftrt.nf4_linear_dx.default, (dy, *weight))
 
 
