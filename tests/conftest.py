@@ -10,13 +10,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Deterministic cuBLAS must be asked for before its first call; without it the fixture below would make matmuls raise.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import random  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+import random
+from collections.abc import Iterator
 
-import hypothesis  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import numpy as np
+import pytest
+import torch
 
 # "ci" draws the same bounded examples on every run; `HYPOTHESIS_PROFILE=fuzz` draws many fresh ones.
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
