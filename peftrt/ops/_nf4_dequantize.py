@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _native
+from peftrt.ops import _native, _triton
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import COMPUTE_DTYPES, check_device, check_nf4, describe, expect
 from peftrt.reference import nf4 as reference
@@ -90,18 +90,39 @@ def _native_new(*args: Any) -> Tensor:
     return out
 
 
+def _triton_out(*args: Any) -> None:
+    from peftrt.kernels.nf4_dequantize import nf4_dequantize
+
+    *weight, _, block_size, out = args
+    nf4_dequantize(*_triton.weight(*weight), block_size, out)
+
+
+def _triton_new(*args: Any) -> Tensor:
+    out = _fake(*args)
+    _triton_out(*args[:-1], out)
+    return out
+
+
 def _reference_out(*args: Any) -> None:
     weight, absmax, nested_absmax, nested_offset, shape, block_size, out = args
     out.copy_(reference.dequantize(weight, absmax, nested_absmax, nested_offset, shape, block_size, out.dtype))
 
 
 def _native_unsupported(*args: Any) -> str | None:
-    last = args[-1]
-    dtype = last.dtype if isinstance(last, Tensor) else last
-    return _native.unsupported(args[0], dtype)
+    return _native.unsupported(args[0], _result_dtype(args))
+
+
+def _triton_unsupported(*args: Any) -> str | None:
+    return _triton.unsupported(args[0], _result_dtype(args))
+
+
+def _result_dtype(args: tuple[Any, ...]) -> torch.dtype:
+    """Of either variant: the last argument is ``dtype`` or ``out``."""
+    return args[-1].dtype if isinstance(args[-1], Tensor) else args[-1]
 
 
 _NATIVE_DEVICES = ("cpu",)
+_TRITON_DEVICES = ("cuda",)
 
 define(
     f"nf4_dequantize({_ARGUMENTS}ScalarType dtype) -> Tensor",
@@ -109,6 +130,7 @@ define(
     fake=_fake,
     backends=(
         Backend("native", _native_new, _native_unsupported, _NATIVE_DEVICES),
+        Backend("triton", _triton_new, _triton_unsupported, _TRITON_DEVICES),
         reference_backend(reference.dequantize),
     ),
 )
@@ -118,6 +140,7 @@ define(
     fake=lambda *_: None,
     backends=(
         Backend("native", _native_out, _native_unsupported, _NATIVE_DEVICES),
+        Backend("triton", _triton_out, _triton_unsupported, _TRITON_DEVICES),
         reference_backend(_reference_out),
     ),
 )

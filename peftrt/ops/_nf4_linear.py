@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _native
+from peftrt.ops import _native, _triton
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import WEIGHT, WeightArgs, autocast, check_linear, expect, weight_args
 from peftrt.reference import nf4_linear as reference
@@ -81,6 +81,31 @@ def _native_dx(dy: Tensor, *weight: Any) -> Tensor:
     return out
 
 
+def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
+    return _triton.unsupported(x, x.dtype)
+
+
+def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
+    from peftrt.kernels.nf4_linear import nf4_linear
+
+    *codes, _, _, block_size, bias = rest
+    out = _fake(x, *rest)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    nf4_linear(rows, *_triton.weight(*codes), block_size, bias, out.view(-1, out.shape[-1]))
+    return out
+
+
+def _triton_dx(dy: Tensor, *weight: Any) -> Tensor:
+    from peftrt.kernels.nf4_linear import nf4_linear_dx
+
+    *codes, _, _, block_size = weight
+    out = _fake_dx(dy, *weight)
+    rows = dy.reshape(-1, dy.shape[-1]).contiguous()
+    nf4_linear_dx(rows, *_triton.weight(*codes), block_size, out.view(-1, out.shape[-1]))
+    return out
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *tensors, ctx.n, ctx.k, ctx.block_size, _ = inputs
     ctx.save_for_backward(*tensors)
@@ -109,6 +134,7 @@ define(
     fake=_fake,
     backends=(
         Backend("native", _native_forward, _native_unsupported, ("cpu",)),
+        Backend("triton", _triton_forward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
     setup_context=_setup_context,
@@ -120,6 +146,7 @@ define(
     fake=_fake_dx,
     backends=(
         Backend("native", _native_dx, _native_unsupported, ("cpu",)),
+        Backend("triton", _triton_dx, _triton_unsupported, ("cuda",)),
         reference_backend(reference.grad_input),
     ),
     setup_context=_setup_context_dx,
