@@ -27,9 +27,12 @@ class SavedModule(nn.Module):
         owner: the model's adapters.
     """
 
+    base: nn.Module
+
     def __init__(self, base: nn.Module, owner: AdapterSet) -> None:
         super().__init__()
-        self.add_module(_BASE, base)
+        # add_module refuses a name that the class has as a property
+        self._modules[_BASE] = base
         self.owner = owner
         self._chosen: str | None = None
         self.training = base.training
@@ -56,11 +59,6 @@ class SavedModule(nn.Module):
         del self._modules[_COPY + name]
         if self._chosen == name:
             self._chosen = None
-
-    @property
-    def base(self) -> nn.Module:
-        """The module as it was in the model."""
-        return self._modules[_BASE]  # type: ignore[return-value]
 
     @property
     def copy_names(self) -> tuple[str, ...]:
