@@ -29,6 +29,7 @@ def load_encoder() -> nn.Module:
     """The encoder as it was published, in fp32."""
     transformers = require("transformers", "demo", "peftrt demo")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # the checkpoint has a pooler, which is not asked for
     model = transformers.AutoModel.from_pretrained(
         encoder_directory(), local_files_only=True, use_safetensors=True, add_pooling_layer=False
     )

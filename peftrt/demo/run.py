@@ -65,7 +65,7 @@ def demo(out: Path, docstrings: Sequence[Docstring] | None = None) -> Result:
             examples = Examples.of(ids, labels, pad_id)
             torch.manual_seed(0)
             tenants[name] = tenant = Tenant(name, encoder, classes)
-            terminal.print(tenant.adapt())
+            terminal.print(str(tenant.adapt()))
             history = tenant.train(examples.select(np.flatnonzero(~held_out)))
             predicted = tenant.predict(examples.select(np.flatnonzero(held_out)))
             tenant.save(directory / name)
@@ -100,7 +100,7 @@ def embed_all(encoder: nn.Module, examples: Examples) -> Tensor:
     with evaluating(encoder):
         for indices in examples.by_length(64):
             features[indices] = embed(encoder, examples.batch(indices))
-    return features.clone()
+    return features
 
 
 def index(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:

@@ -262,8 +262,6 @@ def _finish(run: Run, directory: Path) -> None:
     (directory / CHECKPOINT).unlink(missing_ok=True)
     out = run.out
     out.print(f"{trainer.step} steps in {human_time(seconds)}, {tokens / seconds:,.0f} tokens/s", soft_wrap=True)
-    if run.evaluations:
-        out.print(f"held out: {_figures(run.evaluations[-1])}", soft_wrap=True)
     out.print(f"the adapter is in {directory}: peftrt.load(model, {str(directory)!r}), or HF peft", soft_wrap=True)
 
 

@@ -36,7 +36,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     try:
         for module in modules:
             module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module, mode in zip(modules, before, strict=True):
