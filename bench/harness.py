@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench import ceilings, environment, measure, results
-from bench.cells import Cell
+from bench.cells import DTYPE_NAMES, Cell
 from bench.measure import Contender, Race
 from bench.results import OWN
 from bench.timers import Timer, timer_for
@@ -80,6 +80,7 @@ class Runner:
         if self._benchmark.disabled:
             self._benchmark.pedantic(lambda: None)
             return
+        self._benchmark.group = f"{cell.op} {cell.part} {DTYPE_NAMES[cell.dtype]}"
         race = Race(found.contenders, self.timer, self._session.plan)
         self._benchmark.pedantic(race.own, teardown=race.others, rounds=race.rounds, iterations=race.own_calls)
         floor = self._session.ceilings.floor(cell.evaluate(cell.bytes), cell.evaluate(cell.flops))

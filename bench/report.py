@@ -10,6 +10,7 @@ from bench import marks, results
 from bench.results import OWN
 
 TITLE = "README.md"
+BUSY = 0.25  # load average a thread
 
 
 def draw(folder: Path) -> str:
@@ -33,11 +34,17 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
             f"torch {run['versions']['torch']}, bitsandbytes {run['versions']['bitsandbytes']}, "
             f"peft {run['versions']['peft']}; copy {ceilings['copy_gb_s']:g} GB/s, "
             f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']:g} TFLOP/s"
-            + (f"; load before it {run['load_at_start']:g}" if "load_at_start" in run else "")
+            + _busy(run)
             + ("; **quick: says nothing about speed**" if run["quick"] else "")
         )
     yield ""
     yield "Medians in ms; in brackets how many times peftrt's time that is (median of the ratios of the rounds)."
+
+
+def _busy(run: Mapping[str, Any]) -> str:
+    """Other work on the machine makes every figure doubtful and is said beside them."""
+    load = run.get("load_at_start", 0.0)
+    return f"; **the machine was busy: load {load:g} before the run**" if load > BUSY * run["threads"] else ""
 
 
 def _figures(found: Mapping[str, Any]) -> Iterable[str]:
