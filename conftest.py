@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark"):
-        config.option.benchmark_only = True
+        config.option.benchmark_only = not config.getoption("benchmark_disable")  # it takes one of the two
         if config.args_source is not pytest.Config.ArgsSource.ARGS:
             config.args = [str(ROOT / "bench")]
 

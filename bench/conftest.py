@@ -26,11 +26,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.filterwarnings("default::RuntimeWarning"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _session(item.config).out_of_time():
+        pytest.skip("the time budget is spent; a stored result stays as it was")
+
+
 @pytest.fixture
 def runner(request: pytest.FixtureRequest, benchmark) -> harness.Runner:
     session = _session(request.config)
-    if session.out_of_time():
-        pytest.skip("the time budget is spent; a stored result stays as it was")
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     return harness.Runner(session, benchmark, lambda line: terminal.write_line(f"\r{line}"))
 
