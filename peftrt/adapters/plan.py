@@ -181,6 +181,8 @@ def _check_everything_matched(model: nn.Module, config: LoraConfig, plan: Plan) 
         if config.targets_all_linear:
             details = ["'all-linear' finds no linear module that can be adapted"]
         raise ConfigError(f"target_modules: {'. '.join(details)}")
+    if not plan.paths:
+        raise ConfigError(f"target_modules: {config.target_modules!r} matches only modules that are excluded")
     unused = unmatched_patterns(config, plan.paths)
     if unused:
         raise ConfigError(f"{unused[0]} matches no module that is adapted; those are {_some(plan.paths)}")

@@ -45,7 +45,7 @@ class _Spans:
 
     def add(self, span: Span) -> None:
         self.spans.append(span)
-        if len(self.spans) > MAX_SPANS:
+        while len(self.spans) > MAX_SPANS:
             self.forgotten = max(self.forgotten, self.spans.popleft().end or 0)
 
     def find(self, owner: Any, node: int) -> Span | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftrt
+from tests.tolerances import assert_same_bits
 
 KINDS = ("llama", "gpt2", "bert")
 TARGETS = {
@@ -94,8 +95,10 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     after = state_of(model)
     assert list(after) == list(before)
     for key, value in before.items():
-        same = torch.equal(value, after[key]) if isinstance(value, Tensor) else value == after[key]
-        assert same, f"{key} changed: {value} -> {after[key]}"
+        if isinstance(value, Tensor):
+            assert_same_bits(after[key], value)
+        else:
+            assert value == after[key], f"{key} changed: {value} -> {after[key]}"
 
 
 @contextlib.contextmanager
