@@ -16,7 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="Run the benchmarks in bench/ in place of the tests.")
     group.addoption("--benchmark-quick", action="store_true", help="Small sizes, few rounds: only to see them run.")
     group.addoption("--benchmark-budget", type=float, metavar="SECONDS", help="Start no cell after this much time.")
-    group.addoption("--benchmark-results", type=Path, metavar="DIR", help="Where results go. Default: bench/results.")
+    # pytest takes an existing folder after a space for the root of the tests before it knows this option
+    group.addoption(
+        "--benchmark-results",
+        type=Path,
+        metavar="DIR",
+        help="Where results go, as --benchmark-results=DIR. Default: bench/results.",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options

@@ -37,6 +37,12 @@ class Mark:
         M = cell.get("M", 0)
         return not self.rows or M in self.rows or (self.and_up and self.rows[0] <= M)
 
+    @property
+    def where(self) -> str:
+        """The cells that the mark speaks of."""
+        rows = "/".join(str(M) for M in self.rows)
+        return f"{self.part}-{self.dtype}" + (f"-M{rows}" if rows else "") + ("+" if self.and_up else "")
+
     def __str__(self) -> str:
         if self.at_least is not None:
             return f">= {self.at_least:g}x {self.versus}"
@@ -96,11 +102,21 @@ class Verdict:
 def judge(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Verdict]:
     """Every mark on every stored cell that it speaks of; ``results`` by operation."""
     for mark in CPU_MARKS:
-        content = results.get(mark.op, {})
-        for cell_id, cell in content.get("cells", {}).items():
-            on_cpu = content["runs"][cell["run"]]["timer"] == "perf_counter"
-            if on_cpu and mark.covers(mark.op, cell):
-                yield _judge_cell(mark, cell_id, cell)
+        for cell_id, cell in _covered(mark, results):
+            yield _judge_cell(mark, cell_id, cell)
+
+
+def unmeasured(results: Mapping[str, Mapping[str, Any]]) -> list[Mark]:
+    """The marks that no stored cell can be judged by."""
+    return [mark for mark in CPU_MARKS if not any(_covered(mark, results))]
+
+
+def _covered(mark: Mark, results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    content = results.get(mark.op, {})
+    for cell_id, cell in content.get("cells", {}).items():
+        on_cpu = content["runs"][cell["run"]]["timer"] == "perf_counter"
+        if on_cpu and mark.covers(mark.op, cell):
+            yield cell_id, cell
 
 
 def _judge_cell(mark: Mark, cell_id: str, cell: Mapping[str, Any]) -> Verdict:

@@ -86,6 +86,7 @@ def _marks(found: Mapping[str, Any]) -> Iterable[str]:
     reached = sum(verdict.margin is not None and verdict.margin >= 1 for verdict in verdicts)
     yield from ("", f"## Marks: {reached} of {len(verdicts)} reached", "")
     rows = [[verdict.op, verdict.cell_id, str(verdict.mark), verdict.got, str(verdict)] for verdict in verdicts]
+    rows += [[mark.op, mark.where, str(mark), "", "not measured"] for mark in marks.unmeasured(found)]
     yield from table(["operation", "cell", "mark", "measured", ""], rows)
 
 

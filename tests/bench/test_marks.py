@@ -53,6 +53,16 @@ def test_a_skipped_peer_or_a_wrong_result_is_not_reached() -> None:
         assert (verdict.margin, verdict.got) == (None, "wrong result: relative error 1")
 
 
+def test_marks_without_a_cell_are_named() -> None:
+    found = _results("nf4_linear", _cell("forward", 1, 0.65, bitsandbytes=1.0, torch=1.0))
+    missing = marks.unmeasured(found)
+    assert len(missing) == len(marks.CPU_MARKS) - 2
+    assert {mark.where for mark in missing if mark.op == "lora_linear"} >= {
+        "nf4-forward-fp32-M512+",
+        "dense-train-fp32",
+    }
+
+
 def test_small_sites_and_other_devices_are_not_judged() -> None:
     cell = _cell("forward", 1, 0.65, bitsandbytes=1.0, torch=1.0)
     assert not list(marks.judge(_results("nf4_linear", cell, timer="cuda graph")))
