@@ -84,6 +84,10 @@ def _kernel(op: Op, device: str) -> Callable[..., Any]:
             raise BackendError(_refusal(choice, args))
         if device == "cuda" and choice.backend.name == "reference" and not wishes():
             _warn_once(choice)
+        if torch.is_autocast_enabled(device):
+            # Dtypes were settled on the way in; autocast would round the fp32 products inside once more.
+            with torch.autocast(device, enabled=False):
+                return choice.backend.run(*args)
         return choice.backend.run(*args)
 
     return kernel
