@@ -1,9 +1,9 @@
 """What the NF4 kernels share: looking codes up, decoding scales, a tile of a weight in any alignment.
 
 A code is looked up with ``tl.gather`` in a table of 16 fp32 values that lies across the lanes of a warp: one shuffle a
-weight, exact in fp32, and one source for NVIDIA, AMD and the interpreter. Compiled for sm_90 (Triton 3.7.1, forward tile
-64 x 128 x 64, November 2026) the loop has 6.8 instructions a weight with nested scales and rounding, 3.1 of them on the
-ALU pipe. Byte permutations took 9.1 and 6.9 with plain scales, a tree of selections over 20.
+weight, exact in fp32, and one source for NVIDIA, AMD and the interpreter. Compiled for sm_90 (Triton 3.7.1, forward
+tile 64 x 128 x 64, November 2026) the loop has 6.8 instructions a weight with nested scales and rounding, 3.1 of them
+on the ALU pipe. Byte permutations took 9.1 and 6.9 with plain scales, a tree of selections over 20.
 
 Every kernel is compiled with ``enable_fp_fusion=False``: a nested scale is a product and a sum with a rounding each.
 """

@@ -1,0 +1,213 @@
+"""Every kernel, dtype and configuration compiled for devices that are not there, and what the code must show.
+
+``python -m tests.kernels.compiled`` compiles all of it (``make compile-all``); test_triton_compiled.py a sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peftrt.kernels import nf4_dequantize, nf4_linear
+from peftrt.kernels._nf4 import CHUNKS, ODD, STRADDLING
+from tests.kernels import sass
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory a program may have; sm_80's code also serves sm_86 and sm_89, which have less than it.
+SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Odd sizes and addresses off 16 bytes make Triton compile another program than round ones.
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One program: a kernel with types and constants, and whether it is to use tensor cores."""
+
+    name: str
+    target: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    round_sizes: bool
+    tensor_cores: bool
+
+    def compile(self) -> Any:
+        names = self.kernel.arg_names
+        signature = {name: "constexpr" if name in self.constants else self.types[name] for name in names}
+        aligned = [i for i, name in enumerate(names) if self.round_sizes and name not in self.constants and name != "M"]
+        attributes = {
+            (i,): ALIGNED for i in aligned if signature[names[i]] != "i32" or names[i] not in ("steps", "splits")
+        }
+        source = ASTSource(self.kernel, signature=signature, constexprs=self.constants, attrs=attributes)
+        options = {"enable_fp_fusion": False, **self.options}
+        return triton.compile(source, target=TARGETS[self.target], options=options)
+
+
+def variants(target: str) -> Iterator[Variant]:
+    yield from dequantize_variants(target)
+    yield from linear_variants(target)
+    for dtype in DTYPES:
+        for bias in (True, False):
+            types = {"p_parts": "*fp32", "p_bias": f"*{dtype}", "p_out": f"*{dtype}"}
+            types |= dict.fromkeys(("numel", "columns", "splits"), "i32")
+            constants = {"BIAS": bias, "SIZE": nf4_linear.SUM_SIZE}
+            name = f"sum_splits {dtype} bias={bias}"
+            yield Variant(name, target, nf4_linear.sum_splits_kernel, types, constants, {}, True, False)
+
+
+def dequantize_variants(target: str) -> Iterator[Variant]:
+    for dtype in DTYPES:
+        for nested in (True, False):
+            for block in (32, 64, 4096):
+                for size in ("i32", "i64"):
+                    types = _weight_types(nested) | {"p_out": f"*{dtype}", "numel": size}
+                    constants = {"BLOCK": block, "ROWS": nf4_dequantize.ROWS, "NESTED": nested}
+                    name = f"nf4_dequantize {dtype} nested={nested} block={block} {size}"
+                    options = {"num_warps": nf4_dequantize.WARPS}
+                    round_sizes = block == 64
+                    kernel = nf4_dequantize.nf4_dequantize_kernel
+                    yield Variant(name, target, kernel, types, constants, options, round_sizes, False)
+
+
+def linear_variants(target: str) -> Iterator[Variant]:
+    device = TARGETS[target].backend
+    for dtype, itemsize in DTYPES.items():
+        for dx in (False, True):
+            for align, block in ((CHUNKS, 64), (CHUNKS, 256), (STRADDLING, 64), (STRADDLING, 32), (ODD, 64), (ODD, 32)):
+                for config in nf4_linear.configs(device, dx, itemsize, align.value):
+                    for nested in (True, False):
+                        for split in (False, True) if config.split else (False,):
+                            yield _linear(target, dtype, dx, align.value, block, config, nested, split)
+
+
+def _linear(
+    target: str, dtype: str, dx: bool, align: int, block: int, config: nf4_linear.Config, nested: bool, split: bool
+) -> Variant:
+    types = _weight_types(nested) | dict.fromkeys(("p_x", "p_dy", "p_bias"), f"*{dtype}")
+    types |= {"p_out": "*fp32" if split else f"*{dtype}"}
+    types |= dict.fromkeys(("M", "N", "K", "row_bytes", "steps"), "i32")
+    constants = {"BLOCK": block, "ALIGNMENT": align, "NESTED": nested, "SPLIT": split}
+    constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK}
+    constants["PRECISION"] = nf4_linear.PRECISION[TARGETS[target].backend]
+    if not dx:
+        constants["BIAS"] = not split
+    kernel = nf4_linear.nf4_linear_dx_kernel if dx else nf4_linear.nf4_linear_kernel
+    tile = f"{config.BM}x{config.BN}x{config.BK}"
+    name = f"nf4_linear{'_dx' if dx else ''} {dtype} {tile} align={align} block={block} nested={nested} split={split}"
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return Variant(name, target, kernel, types, constants, options, align == CHUNKS.value, True)
+
+
+def _weight_types(nested: bool) -> dict[str, str]:
+    absmax = "*u8" if nested else "*fp32"
+    floats = dict.fromkeys(("p_nested_absmax", "p_nested_offset", "p_tables"), "*fp32")
+    return {"p_codes": "*u8", "p_absmax": absmax, **floats}
+
+
+def faults(variant: Variant) -> list[str]:
+    """Compile, and say what is wrong with the code."""
+    code = variant.compile()
+    found = []
+    if code.metadata.shared > SHARED[variant.target]:
+        found.append(f"{code.metadata.shared} bytes of shared memory")
+    found += _amd_faults(variant, code) if variant.target == "gfx942" else _nvidia_faults(variant, code)
+    return found
+
+
+def _nvidia_faults(variant: Variant, code: Any) -> list[str]:
+    ptx, found = code.asm["ptx"], []
+    if "fma.rn.f32" in ptx:
+        found.append("a product and a sum are contracted")
+    if variant.kernel is nf4_dequantize.nf4_dequantize_kernel:
+        found += _rounding_faults(variant, ptx)
+    if variant.tensor_cores and not any(name in ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")):
+        found.append("no tensor-core instruction")
+    if variant.target == "sm_90":
+        found += _hopper_faults(variant, code)
+    return found
+
+
+def _rounding_faults(variant: Variant, ptx: str) -> list[str]:
+    wanted = {"*bf16": "cvt.rn.bf16", "*fp16": "cvt.rn.f16"}.get(variant.types["p_out"])
+    found = [f"rounds with {mode}" for mode in (".rz.", ".rm.", ".rp.", ".ftz") if f"cvt{mode}" in ptx or ".ftz" in ptx]
+    return found + ([f"no {wanted}"] if wanted is not None and wanted not in ptx else [])
+
+
+def _hopper_faults(variant: Variant, code: Any) -> list[str]:
+    lines = sass.disassemble(code.asm["cubin"])
+    found = []
+    if spills := sass.count(lines, "STL", "LDL"):
+        found.append(f"{spills} instructions spill registers")
+    if sass.count(lines, "FFMA"):
+        found.append("FFMA: a product and a sum are contracted")
+    if variant.tensor_cores:
+        wide = variant.constants["BM"] >= 64
+        if not sass.count(lines, "HGMMA" if wide else "HMMA"):
+            found.append(f"no {'HGMMA' if wide else 'HMMA'}")
+        if wide:
+            found += sass.races(lines) + sass.serialised(code.asm["ptx"])
+    return found
+
+
+def _amd_faults(variant: Variant, code: Any) -> list[str]:
+    assembly, found = code.asm["amdgcn"], []
+    if variant.tensor_cores and "v_mfma" not in assembly:
+        found.append("no v_mfma")
+    if not variant.tensor_cores and any(
+        name in assembly for name in ("v_fma_f32", "v_fmac_f32", "v_mad_f32", "v_pk_fma")
+    ):
+        found.append("a product and a sum are contracted")
+    return found
+
+
+def sample(size: int, seed: int) -> list[Variant]:
+    """A share of every target's variants, with each kernel among them."""
+    drawn: list[Variant] = []
+    for target in TARGETS:
+        everything = list(variants(target))
+        for kernel in dict.fromkeys(variant.kernel for variant in everything):
+            own = [variant for variant in everything if variant.kernel is kernel]
+            drawn += random.Random(f"{seed} {target} {kernel.__name__}").sample(own, min(size, len(own)))
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel, dtype and configuration, and check the code.")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--match", default="", help="only variants with this in their name")
+    options = parser.parse_args()
+    start, wrong, total = time.monotonic(), 0, 0
+    for target in options.target or TARGETS:
+        for variant in variants(target):
+            if options.match not in variant.name:
+                continue
+            total += 1
+            try:
+                found = faults(variant)
+            except Exception as error:  # whatever the compiler raises is a result here
+                found = [f"does not compile: {type(error).__name__}: {str(error)[:300]}"]
+            if found:
+                wrong += 1
+                print(f"{target} {variant.name}: {'; '.join(dict.fromkeys(found))}", flush=True)
+    print(f"{total} programs compiled in {time.monotonic() - start:.0f} s, {wrong} with faults")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
