@@ -40,7 +40,7 @@ def runner(request: pytest.FixtureRequest, benchmark) -> harness.Runner:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
-    if session is not None and session.folder.is_dir():
+    if session is not None and session.measured:
         terminalreporter.section(f"results in {session.folder}")
         terminalreporter.write_line(reporting.draw(session.folder))
 

@@ -27,6 +27,7 @@ class Session:
         self.device, self.quick, self.folder = device, quick, folder
         self.timer: Timer = timer_for(device)
         self.plan = measure.QUICK if quick else measure.PLANS[device]
+        self.measured = 0  # cells timed and stored by this run
         self._end = None if budget is None else time.monotonic() + budget
         self._store: results.Store | None = None
         self._ceilings: ceilings.Ceilings | None = None
@@ -88,6 +89,7 @@ class Runner:
         self._benchmark.extra_info.update(entries)
         content = {**cell.describe(), "floor_ms": measure.digits(floor * 1e3), "rounds": race.rounds}
         store.put(cell.op, cell.id, {**content, "contenders": entries})
+        self._session.measured += 1
         self._say(_line(cell, entries))
 
 
