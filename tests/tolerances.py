@@ -32,25 +32,34 @@ TOLERANCES = {
 }
 
 
-def bound(expected: Tensor, dtype: torch.dtype, roundings: int = 1) -> Tensor:
+def bound(expected: Tensor, dtype: torch.dtype, roundings: int = 1, intermediate: float = 0.0) -> Tensor:
     """The permitted absolute error of every element, fp64; 0 where ``expected`` is not finite."""
     rtol, atol = TOLERANCES[dtype]
     if expected.dtype == dtype:
         rtol *= 2
     magnitude = expected.detach().cpu().double().abs().nan_to_num(nan=0.0, posinf=0.0)
     scale = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
+    scale = scale.clamp(min=intermediate)
     # beyond the first, a rounding is of an intermediate, which may be larger than the final value
     return rtol * magnitude + atol * scale + (roundings - 1) * rtol * scale
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, *, roundings: int = 1) -> None:
+def assert_close(
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    roundings: int = 1,
+    intermediate: float = 0.0,
+) -> None:
     """``actual`` is within the tolerance of ``dtype`` (default: its own) of ``expected``; NaN and inf in place.
 
-    A failure names the first and the worst mismatch by coordinate and value.
+    ``intermediate``: magnitude of the partial results, where that may be beyond the results'. A failure names the first
+    and the worst mismatch by coordinate and value.
     """
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     dtype = dtype or actual.dtype
-    limit = bound(expected, dtype, roundings)
+    limit = bound(expected, dtype, roundings, intermediate)
     got, want = actual.detach().cpu().double(), expected.detach().cpu().double()
     error = (got - want).abs()
     same = (got == want) | (got.isnan() & want.isnan())

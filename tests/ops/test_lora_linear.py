@@ -1,0 +1,325 @@
+"""lora_linear against fp64, for every backend, dense and NF4."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import peftrt
+from peftrt import ops
+from peftrt.formats.nf4 import NF4Weight
+from peftrt.ops._weight import weight_args
+from peftrt.reference.dropout import keep_mask
+from tests.cases import BACKENDS, FLOATS, LAYOUTS, exact, laid_out, nf4, randn
+from tests.tolerances import assert_close, assert_same_bits
+
+SCALING = 0.75
+
+
+def base(kind: str, n: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor | NF4Weight:
+    if kind == "dense":
+        return randn(n, k, seed=seed, dtype=dtype)
+    return nf4(n, k, seed=seed, dtype=dtype if dtype in FLOATS else torch.float32, nested=kind == "nested")
+
+
+def truth(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    keep: Tensor | float = 1.0,
+    scaling: float = SCALING,
+) -> Tensor:
+    """y of fp64 inputs; ``keep``: what the adapter's input is multiplied with."""
+    y = x @ weight.t() + scaling * ((x * keep) @ lora_A.t() @ lora_B.t())
+    return y if bias is None else y + bias
+
+
+def kept(seed: int, x: Tensor, p: float) -> Tensor:
+    rows, k = x.numel() // x.shape[-1], x.shape[-1]
+    return (keep_mask(torch.tensor([seed]), rows, k, p) / (1 - p)).view(x.shape).double() if p else torch.ones(())
+
+
+def truth_with_gradients(
+    values: list[Tensor | None], dy: Tensor, keep: Tensor, squared: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """y and the gradients of what is given, in fp64.
+
+    ``squared``: of the squares of all. The map is linear in each argument: this is the sum of the squares of the
+    terms that a result is summed from, and its root the magnitude of the sum if nothing cancels.
+    """
+    power = 2 if squared else 1
+    leaves = [None if v is None else v.detach().double().pow(power).requires_grad_() for v in values]
+    x, weight, lora_A, lora_B, bias = leaves
+    assert x is not None and weight is not None and lora_A is not None and lora_B is not None  # noqa: PT018
+    y = truth(x, weight, lora_A, lora_B, bias, keep**power, SCALING**power)
+    grads = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.double().pow(power))
+    return y.detach(), list(grads)
+
+
+sizes = st.one_of(st.integers(1, 50), st.sampled_from([64, 127, 130]))
+leads = st.one_of(st.tuples(), st.tuples(st.integers(0, 20)), st.tuples(st.integers(0, 3), st.integers(1, 5)))
+COMBINATIONS = [("dense", "reference")] + [(kind, backend) for kind in ("plain", "nested") for backend in BACKENDS]
+
+
+def combinations() -> list[Any]:
+    """(base, backend) with the skip of a backend that is not built."""
+    marked = []
+    for kind, backend in COMBINATIONS:
+        values = backend.values[0] if hasattr(backend, "values") else backend
+        marked.append(pytest.param(kind, values, marks=getattr(backend, "marks", ())))
+    return marked
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("kind", "backend"), combinations())
+@given(
+    lead=leads,
+    n=sizes,
+    k=sizes,
+    r=st.integers(1, 20),
+    adapter=st.sampled_from(FLOATS),
+    bias=st.booleans(),
+    p=st.sampled_from([0.0, 0.0, 0.3]),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 2**20),
+)
+def test_forward_and_gradients_equal_fp64(
+    kind: str,
+    backend: str,
+    dtype: torch.dtype,
+    lead: tuple[int, ...],
+    n: int,
+    k: int,
+    r: int,
+    adapter: torch.dtype,
+    bias: bool,
+    p: float,
+    layout: str,
+    seed: int,
+) -> None:
+    weight = base(kind, n, k, dtype, seed)
+    x = laid_out(randn(*lead, k, seed=seed + 1, dtype=dtype), layout).detach().requires_grad_()
+    lora_A, lora_B = (randn(*s, seed=seed + 2, dtype=adapter).requires_grad_() for s in ((r, k), (n, r)))
+    b = randn(n, seed=seed + 3, dtype=dtype).requires_grad_() if bias else None
+    if isinstance(weight, Tensor):
+        weight.requires_grad_()
+    dy = randn(*lead, n, seed=seed + 4, dtype=dtype)
+    with peftrt.backend(backend):
+        y = ops.lora_linear(x, weight, lora_A, lora_B, SCALING, b, dropout_p=p, seed=seed if p else None)
+    assert y.dtype == dtype
+
+    values = [x, exact(weight, dtype), lora_A, lora_B, b]
+    expected, grads = truth_with_gradients(values, dy, kept(seed, x, p))
+    squares, grad_squares = truth_with_gradients(values, dy, kept(seed, x, p), squared=True)
+    # the native path rounds the base's share before it adds the adapter's, and the two may cancel
+    assert_close(y, expected, roundings=2 if backend == "native" else 1, intermediate=largest(squares))
+
+    leaves = [x, weight, lora_A, lora_B, b]
+    wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    own = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
+    for grad, i in zip(own, wanted, strict=True):
+        assert grad.dtype == leaves[i].dtype
+        # dX adds the base's and the adapter's share, each rounded
+        assert_close(grad, grads[i], roundings=3 if i == 0 else 1, intermediate=largest(grad_squares[i]))
+
+
+def largest(squares: Tensor) -> float:
+    return squares.max().sqrt().item() if squares.numel() else 0.0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["dense", "nested"])
+def test_gradients_equal_finite_differences(kind: str, p: float) -> None:
+    k, n, r = 33, 3, 2
+    weight = base(kind, n, k, torch.float64)
+    shapes = {"x": (2, 1, k), "A": (r, k), "B": (n, r), "b": (n,)}
+    inputs = [randn(*shape, seed=i, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes.values())]
+    if isinstance(weight, Tensor):
+        inputs.append(weight.requires_grad_())
+
+    def function(x: Tensor, A: Tensor, B: Tensor, b: Tensor, w: Tensor | None = None) -> Tensor:
+        return ops.lora_linear(x, weight if w is None else w, A, B, SCALING, b, dropout_p=p, seed=5 if p else None)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_gradient_through_xa_equals_finite_differences() -> None:
+    """The op's second result, ``drop(x) A^T``, is differentiable too."""
+    args = weight_args("lora_linear", nf4(3, 33))
+    inputs = [randn(*s, seed=i, dtype=torch.float64).requires_grad_() for i, s in enumerate(((2, 33), (2, 33), (3, 2)))]
+
+    def function(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        y, xa = torch.ops.peftrt.lora_linear(x, *args, A, B, SCALING, None, 0.25, torch.tensor([9]))
+        return y, xa
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(("kind", "backend"), combinations())
+def test_opcheck(kind: str, backend: str, p: float) -> None:
+    weight = weight_args("lora_linear", base(kind, 6, 64, torch.float32))
+    seed = torch.tensor([3]) if p else None
+    for m in (0, 3):
+        x, A, B, b = (randn(*s).requires_grad_() for s in ((m, 64), (2, 64), (6, 2), (6,)))
+        with peftrt.backend(backend):
+            torch.library.opcheck(torch.ops.peftrt.lora_linear.default, (x, *weight, A, B, SCALING, b, p, seed))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kept_between_passes_is_drop_x_a_in_fp32(backend: str, dtype: torch.dtype) -> None:
+    weight, x, A, B = nf4(6, 64), randn(5, 64, dtype=dtype), randn(3, 64), randn(6, 3)
+    with peftrt.backend(backend):
+        xa = torch.ops.peftrt.lora_linear(
+            x, *weight_args("lora_linear", weight), A, B, SCALING, None, 0.3, torch.tensor([7])
+        )[1]
+    assert xa.dtype == torch.float32
+    dropped = x.double() * keep_mask(torch.tensor([7]), 5, 64, 0.3) / 0.7
+    assert_close(xa, dropped @ A.double().t())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["dense", "plain", "nested"])
+def test_saved_are_x_xa_and_parameters_alone(kind: str, p: float) -> None:
+    """Nothing of the size of y or of W is kept for the backward, and offloading hooks see every tensor that is."""
+    weight = base(kind, 24, 64, torch.float32)
+    args = weight_args("lora_linear", weight)
+    x, A, B, b = (randn(*s).requires_grad_() for s in ((10, 64), (2, 64), (24, 2), (24,)))
+    seen: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = ops.lora_linear(x, weight, A, B, SCALING, b, dropout_p=p, seed=1 if p else None)
+    known = {t.data_ptr() for t in (x, A, B, *args[:4]) if isinstance(t, Tensor)}
+    others = [t for t in seen if t.data_ptr() not in known]
+    assert [t.shape for t in others if t.is_floating_point()] == [(10, 2)]
+    assert [t.numel() for t in others if not t.is_floating_point()] == ([1] if p else [])
+    offloaded = torch.autograd.grad(y.sum(), (x, A, B, b))
+    plain = ops.lora_linear(x, weight, A, B, SCALING, b, dropout_p=p, seed=1 if p else None)
+    for got, want in zip(offloaded, torch.autograd.grad(plain.sum(), (x, A, B, b)), strict=True):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(("kind", "backend"), combinations())
+def test_nan_in_one_row_stays_in_that_row(kind: str, backend: str) -> None:
+    weight = base(kind, 16, 64, torch.float32)
+    x, A, B = randn(6, 64), randn(4, 64), randn(16, 4)
+    others = [0, 1, 2, 4, 5]
+    with peftrt.backend(backend):
+        clean = ops.lora_linear(x, weight, A, B, SCALING)
+        x[3, 0] = math.nan
+        y = ops.lora_linear(x, weight, A, B, SCALING)
+    assert y[3].isnan().all()
+    assert_same_bits(y[others], clean[others])
+
+
+@pytest.mark.parametrize(("kind", "backend"), combinations())
+def test_zero_b_adds_exactly_nothing(kind: str, backend: str) -> None:
+    weight = base(kind, 16, 64, torch.float32)
+    x, A, b = randn(6, 64), randn(4, 64), randn(16)
+    with peftrt.backend(backend):
+        y = ops.lora_linear(x, weight, A, torch.zeros(16, 4), SCALING, b)
+        assert_same_bits(y, ops.lora_linear(x, weight, A * 9, torch.zeros(16, 4), 3 * SCALING, b))
+    assert_close(y, x.double() @ exact(weight, x.dtype).t() + b)
+
+
+def test_dropout_mask_is_its_seeds_and_only_the_adapters_input_is_dropped() -> None:
+    weight, x, A, B = nf4(16, 64), randn(6, 64), randn(4, 64), randn(16, 4)
+
+    def run(p: float, seed: int | Tensor | None) -> Tensor:
+        return ops.lora_linear(x, weight, A, B, SCALING, dropout_p=p, seed=seed)
+
+    assert_same_bits(run(0.5, 3), run(0.5, 3))
+    assert_same_bits(run(0.5, 3), run(0.5, torch.tensor([3])))
+    assert not torch.equal(run(0.5, 3), run(0.5, 4))
+    wide = [t.double() for t in (x, weight.dequantize(), A, B)]
+    assert_close(run(0.5, 3), truth(*wide, None, kept(3, x, 0.5)))
+    assert_same_bits(run(0.0, None), run(0.0, 3))
+
+
+def test_default_seed_is_drawn_from_torchs_generator() -> None:
+    weight, x, A, B = nf4(16, 64), randn(6, 64), randn(4, 64), randn(16, 4)
+    torch.manual_seed(1)
+    first, second = (ops.lora_linear(x, weight, A, B, SCALING, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(1)
+    again = ops.lora_linear(x, weight, A, B, SCALING, dropout_p=0.5)
+    assert_same_bits(first, again)
+    assert not torch.equal(first, second)
+
+
+def test_without_dropout_torchs_generator_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    ops.lora_linear(randn(2, 64), nf4(4, 64), randn(2, 64), randn(4, 2), 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+X, W, A, B = torch.zeros(2, 64), nf4(6, 64), torch.zeros(3, 64), torch.zeros(6, 3)
+GOOD: dict[str, Any] = {"x": X, "weight": W, "lora_A": A, "lora_B": B, "scaling": 1.0}
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "A of another width": ({"lora_A": A[:, 1:]}, ValueError, r"lora_A must be \[R, K = 64\], got float32 \[3, 63\]"),
+    "A flat": ({"lora_A": A[0]}, ValueError, r"lora_A must be \[R, K = 64\], got float32 \[64\]"),
+    "A of integers": ({"lora_A": A.int()}, TypeError, r"lora_A must be one of float32.*got int32"),
+    "A elsewhere": ({"lora_A": A.to("meta")}, ValueError, r"lora_A must be on cpu.*on meta"),
+    "B of another rank": (
+        {"lora_B": B[:, :2]},
+        ValueError,
+        r"lora_B must be \[N, R\] = \[6, 3\].*got float32 \[6, 2\]",
+    ),
+    "B transposed": ({"lora_B": B.t()}, ValueError, r"lora_B must be \[N, R\] = \[6, 3\].*got float32 \[3, 6\]"),
+    "B of integers": ({"lora_B": B.int()}, TypeError, r"lora_B must be one of float32.*got int32"),
+    "B elsewhere": ({"lora_B": B.to("meta")}, ValueError, r"lora_B must be on cpu.*on meta"),
+    "x of another width": ({"x": X[:, 1:]}, ValueError, r"x must be \[\.\.\., K = 64\].*got float32 \[2, 63\]"),
+    "x of integers": ({"x": X.int()}, TypeError, r"x must be one of float32.*got int32"),
+    "bias of another length": ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[N\] = \[6\], got float32 \[5\]"),
+    "bias of another dtype": ({"bias": torch.zeros(6).half()}, TypeError, r"bias must be of x's dtype.*got float16"),
+    "dense of another dtype": (
+        {"weight": torch.zeros(6, 64).half()},
+        TypeError,
+        r"weight must be of x's dtype torch.float32, got float16",
+    ),
+    "dense of three dimensions": ({"weight": torch.zeros(6, 64, 1)}, ValueError, r"weight must be a matrix \[N, K\]"),
+    "dense elsewhere": ({"weight": torch.zeros(6, 64, device="meta")}, ValueError, "weight must be on cpu.*on meta"),
+    "not a weight": ({"weight": [[0.0]]}, TypeError, "weight must be a Tensor or an NF4Weight, got list"),
+    "p of 1": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1\.0"),
+    "p negative": ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\), got -0\.1"),
+    "p NaN": ({"dropout_p": math.nan}, ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+    "seed of floats": (
+        {"dropout_p": 0.1, "seed": torch.zeros(1)},
+        ValueError,
+        r"seed must be int64 \[1\].*got float32 \[1\]",
+    ),
+    "two seeds": (
+        {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        r"seed must be int64 \[1\].*got int64 \[2\]",
+    ),
+    "seed elsewhere": (
+        {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        "seed must be on cpu.*on meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_argument_is_named(case: str) -> None:
+    change, error, message = BAD[case]
+    with pytest.raises(error, match="lora_linear: " + message):
+        ops.lora_linear(**{**GOOD, **change})
+
+
+def test_the_good_arguments_pass() -> None:
+    assert ops.lora_linear(**GOOD).shape == (2, 6)
