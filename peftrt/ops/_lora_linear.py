@@ -113,7 +113,7 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The base by its kernel; the adapter, a small share of the work, is added to its result."""
     *weight, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
-    wide = dropout(x, seed, dropout_p).float()
+    wide = dropout(x.float(), seed, dropout_p)
     xa = wide @ lora_A.float().t()
     y = torch.ops.peftrt.nf4_linear(x, *weight, bias)
     if y.dtype == torch.float32:
