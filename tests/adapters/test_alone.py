@@ -18,7 +18,7 @@ with tempfile.TemporaryDirectory() as folder:
     for quantize in (None, "nf4"):
         model = build()
         assert "lora_linear" in str(peftrt.adapt(model, config, name="fr", quantize=quantize))
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
         before = model(x).detach()
         for _ in range(3):
             optimizer.zero_grad()
