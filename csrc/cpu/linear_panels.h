@@ -89,6 +89,9 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
         const int64_t depth = min64(kDepth, w.k - k);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t start = (n0 + i) * w.k + k;
+          // The next panel's codes of this row: rows are read a piece at a time, which no prefetcher follows.
+          if (k + kDepth < w.k)
+            __builtin_prefetch(w.codes + (start + kDepth) / 2), __builtin_prefetch(w.codes + (start + kDepth) / 2 + 64);
           decode_span<T>(w, start, depth, units.get() + (start / kGroup * 2 - range.first),
                          weights.get() + i * kDepthStride);
         }

@@ -35,46 +35,66 @@ void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
     }
 }
 
-// M sums over one row of W. units: a scale a 32 weights; Split: the two of a group differ (blocks of 32).
+// acc[m] += the sum over `groups` groups of one row of W. units: a scale a 32 weights; Split: the two of a group differ
+// (blocks of 32).
 template <class T, int M, bool Split>
-PEFTRT_INLINE void dot_row(const uint8_t* codes, const float* units, const float* x, int64_t groups, float* sums) {
+PEFTRT_INLINE void dot_groups(const uint8_t* codes, const float* units, const float* x, int64_t groups, float* sums) {
   F acc[M];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) acc[m] = zero();
+  for (int m = 0; m < M; ++m) acc[m] = loadu(sums + 8 * m);
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, x += M * kGroup) {
     const F scale = Split ? set_halves(units[0], units[1]) : set1(units[0]);
-    F part[M];
+    constexpr int kChains = M < 3 ? 2 : 1;
+    constexpr int kLength = 8 / kChains;
+    F part[kChains][M];
     lookup64(codes, [&](int j, F code) {
       const F weight = kIsFloat<T> ? code : round_to<T>(mul(code, scale));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const F lane = loadu(x + m * kGroup + 8 * j);
-        part[m] = j == 0 ? mul(weight, lane) : fma(weight, lane, part[m]);
+        part[j / kLength][m] = j % kLength == 0 ? mul(weight, lane) : fma(weight, lane, part[j / kLength][m]);
       }
     });
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) acc[m] = kIsFloat<T> ? fma(part[m], scale, acc[m]) : add(acc[m], part[m]);
+    for (int m = 0; m < M; ++m) {
+      const F both = kChains == 2 ? add(part[0][m], part[kChains - 1][m]) : part[0][m];
+      acc[m] = kIsFloat<T> ? fma(both, scale, acc[m]) : add(acc[m], both);
+    }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[m] = sum(acc[m]);
+  for (int m = 0; m < M; ++m) storeu(sums + 8 * m, acc[m]);
 }
 
+// A block of rows of W passes over a slice of x that stays in L1: 16 KB of it, for any M.
 template <class T, int M>
 void linear_groups(const Weight& w, const T* x, const T* bias, T* out, const Parallel& parallel) {
+  constexpr int64_t kRows = 16;
+  constexpr int64_t kSlice = 4096 / M / kGroup;  // groups
+  const int64_t groups = w.k / kGroup;
   Scratch<float> permuted(M * w.k);
   permute_x(w.k, M, x, permuted.get());
-  for_ranges(parallel, w.n, [&](int64_t begin, int64_t end) {
+  for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
     Scales decoder(w);
-    Scratch<float> units(w.k / 32);
-    for (int64_t n = begin; n < end; ++n) {
-      decoder.decode(n * w.k / 32, w.k / 32, units.get());
-      const uint8_t* codes = w.codes + n * w.k / 2;
-      float sums[M];
-      if (w.block_size == 32)
-        dot_row<T, M, true>(codes, units.get(), permuted.get(), w.k / kGroup, sums);
-      else
-        dot_row<T, M, false>(codes, units.get(), permuted.get(), w.k / kGroup, sums);
-      for (int m = 0; m < M; ++m) write_one(out + m * w.n + n, sums[m] + bias_at(bias, n));
+    Scratch<float> units(kRows * groups * 2);
+    alignas(32) float sums[kRows][M * 8];
+    for (int64_t n0 = begin * kRows; n0 < min64(end * kRows, w.n); n0 += kRows) {
+      const int64_t rows = min64(kRows, w.n - n0);
+      decoder.decode(n0 * groups * 2, rows * groups * 2, units.get());
+      std::memset(sums, 0, sizeof sums);
+      for (int64_t g = 0; g < groups; g += kSlice) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t at = i * groups + g;
+          const uint8_t* codes = w.codes + (n0 * groups + at) * (kGroup / 2);
+          const float* lanes = permuted.get() + g * M * kGroup;
+          if (w.block_size == 32)
+            dot_groups<T, M, true>(codes, units.get() + 2 * at, lanes, min64(kSlice, groups - g), sums[i]);
+          else
+            dot_groups<T, M, false>(codes, units.get() + 2 * at, lanes, min64(kSlice, groups - g), sums[i]);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int m = 0; m < M; ++m)
+          write_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + 8 * m)) + bias_at(bias, n0 + i));
     }
   });
 }

@@ -10,19 +10,20 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 namespace {
 
+constexpr int kFewRows = 8;
+
+template <class T, int M>
+void linear_few(const Weight& w, int64_t m, const T* x, const T* bias, T* out, const Parallel& parallel) {
+  if constexpr (M > 1) {
+    if (m < M) return linear_few<T, M - 1>(w, m, x, bias, out, parallel);
+  }
+  linear_rows<T, M>(w, x, bias, out, parallel);
+}
+
 template <class T>
 void linear(const Weight& w, int64_t m, const T* x, const T* bias, T* out, const Parallel& parallel) {
   if (m == 0 || w.n == 0) return;
-  switch (m) {
-    case 1:
-      return linear_rows<T, 1>(w, x, bias, out, parallel);
-    case 2:
-      return linear_rows<T, 2>(w, x, bias, out, parallel);
-    case 3:
-      return linear_rows<T, 3>(w, x, bias, out, parallel);
-    case 4:
-      return linear_rows<T, 4>(w, x, bias, out, parallel);
-  }
+  if (m <= kFewRows) return linear_few<T, kFewRows>(w, m, x, bias, out, parallel);
   if (w.k == 0) {
     for (int64_t row = 0; row < m; ++row)
       for (int64_t n = 0; n < w.n; ++n) write_one(out + row * w.n + n, bias_at(bias, n));

@@ -12,10 +12,12 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 namespace {
 
-constexpr int64_t kDepth = 256;        // rows of W a panel
-constexpr int64_t kColumns = 128;      // columns decoded together: a cache line of codes
-constexpr int64_t kPanel = 16;         // columns a panel, the lanes of the micro-kernel
-constexpr int64_t kRows = 6;           // rows of dy a tile
+constexpr int64_t kDepth = 256;                         // rows of W a panel
+constexpr int64_t kColumns = 128;                       // columns decoded together: a cache line of codes
+constexpr int64_t kPanel = 16;                          // columns a panel, the lanes of the micro-kernel
+constexpr int64_t kPanelStride = kPanel * kDepth + 16;  // panels start on different cache sets
+constexpr int64_t kRows = 6;                            // rows of dy a tile
+constexpr int64_t kAhead = 16;                          // rows of W fetched before they are decoded
 constexpr int64_t kMaxRowsOfDy = 504;  // rows of dy at a time: a multiple of 6, its outputs [rows][128] stay in L2
 
 // dy[rows, N] -> packed[slice][row][kDepth] as floats; a tile is six neighbouring rows.
@@ -33,6 +35,22 @@ void pack_dy(int64_t n, int64_t rows, const T* dy, float* packed, const Parallel
 template <class T>
 void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64_t width, Scales& decoder,
                    float* panels) {
+  if (w.k % kGroup == 0) {
+    const int shift = __builtin_ctz(unsigned(w.block_size));
+    for (int64_t p = 0; p < depth; ++p) {
+      // One line of codes and one of scales a row, a whole row apart: no prefetcher follows that.
+      const int64_t ahead = (n0 + (p + kAhead < depth ? p + kAhead : p)) * w.k + k0;
+      __builtin_prefetch(w.codes + ahead / 2);
+      __builtin_prefetch(w.absmax + (ahead >> shift));
+      for (int64_t column = 0; column < width; column += kGroup) {
+        const int64_t start = (n0 + p) * w.k + k0 + column;
+        const float s0 = decoder.of_block(start >> shift), s1 = shift == 5 ? decoder.of_block((start >> 5) + 1) : s0;
+        float* to = panels + column / kPanel * kPanelStride + p * kPanel;
+        decode64<T>(w.codes + start / 2, s0, s1, [&](int j, F v) { storeu(to + j / 2 * kPanelStride + j % 2 * 8, v); });
+      }
+    }
+    return;
+  }
   alignas(32) float line[kColumns];
   float units[kColumns / 32 + 4];
   for (int64_t i = width; i < kColumns; ++i) line[i] = 0.0f;
@@ -42,7 +60,7 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
     decoder.decode(range.first, range.count, units);
     decode_span<T>(w, start, width, units, line);
     for (int64_t column = 0; column < width; column += kPanel) {
-      float* to = panels + column * kDepth + p * kPanel;
+      float* to = panels + column / kPanel * kPanelStride + p * kPanel;
       storeu(to, loadu(line + column));
       storeu(to + 8, loadu(line + column + 8));
     }
@@ -57,12 +75,80 @@ void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Sca
     const int64_t depth = min64(kDepth, w.n - n0);
     decode_panels<T>(w, n0, depth, k0, width, decoder, panels);
     const float* dy = packed + n0 * m;
-    for (int64_t row = 0; row < m; row += kRows)
-      for (int64_t column = 0; column < width; column += kPanel)
-        micro_rows<kRows, 2>(min64(kRows, m - row), depth, dy + row * kDepth, kDepth, panels + column * kDepth,
-                             acc + row * kColumns + column, kColumns, n0 > 0);
+    // A panel stays in L1 while the tiles of dy pass.
+    for (int64_t column = 0; column < width; column += kPanel)
+      for (int64_t row = 0; row < m; row += kRows)
+        micro_rows<kRows, 2>(min64(kRows, m - row), depth, dy + row * kDepth, kDepth,
+                             panels + column / kPanel * kPanelStride, acc + row * kColumns + column, kColumns, n0 > 0);
   }
   for (int64_t row = 0; row < m; ++row) from_floats(acc + row * kColumns, width, out + row * w.k + k0);
+}
+
+// sums[g][m][64] += one row of W times its factors.
+template <class T, int M>
+void add_row(const Weight& w, const uint8_t* codes, const float* units, const float* factor, int64_t groups,
+             float* sums) {
+  const bool split = w.block_size == 32;
+  for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, sums += M * kGroup) {
+    const F scale = split ? set_halves(units[0], units[1]) : set1(units[0]);
+    F scaled[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) scaled[m] = kIsFloat<T> ? mul(set1(factor[m]), scale) : set1(factor[m]);
+    lookup64(codes, [&](int j, F code) {
+      const F weight = kIsFloat<T> ? code : round_to<T>(mul(code, scale));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        float* at = sums + m * kGroup + 8 * j;
+        storeu(at, fma(weight, scaled[m], loadu(at)));
+      }
+    });
+  }
+}
+
+// A few rows of dy, whole groups: a slice of dx stays in L1, in the order that lookup64 yields codes in, while every
+// row of W adds to it. acc[m] += code * (dy[m, n] * scale); in bf16 and fp16 the weight is scaled and rounded first.
+template <class T, int M>
+void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
+  constexpr int64_t kSlice = 4096 / M / kGroup;  // groups: 16 KB of sums
+  const int64_t groups = w.k / kGroup;
+  for_ranges(parallel, ceil_div(groups, 2), [&](int64_t begin, int64_t end) {
+    Scales decoder(w);
+    alignas(32) float sums[kSlice * kGroup * M], total[kSlice * kGroup * M];
+    float units[kSlice * 2];
+    const int64_t last = min64(2 * end, groups);
+    for (int64_t first = 2 * begin; first < last; first += kSlice) {
+      const int64_t count = min64(kSlice, last - first);
+      const int64_t lanes = count * kGroup * M;
+      std::memset(total, 0, size_t(lanes) * sizeof(float));
+      for (int64_t n = 0; n < w.n; ++n) {
+        if (n % kDepth == 0) std::memset(sums, 0, size_t(lanes) * sizeof(float));
+        const int64_t start = n * groups + first;
+        decoder.decode(start * 2, count * 2, units);
+        float factor[M];
+        for (int m = 0; m < M; ++m) to_floats(dy + m * w.n + n, 1, factor + m);
+        add_row<T, M>(w, w.codes + start * (kGroup / 2), units, factor, count, sums);
+        // Sums of 256, then the sum of those: one chain over all of N would lose accuracy.
+        if (n % kDepth == kDepth - 1 || n == w.n - 1)
+          for (int64_t i = 0; i < lanes; i += 8) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
+      }
+      for (int m = 0; m < M; ++m)
+        for (int64_t g = 0; g < count; ++g) {
+          alignas(32) float natural[kGroup];
+          from_lookup_order(total + (g * M + m) * kGroup, natural);
+          from_floats(natural, kGroup, out + m * w.k + (first + g) * kGroup);
+        }
+    }
+  });
+}
+
+constexpr int kFewRows = 3;
+
+template <class T, int M>
+void linear_dx_few(const Weight& w, int64_t m, const T* dy, T* out, const Parallel& parallel) {
+  if constexpr (M > 1) {
+    if (m < M) return linear_dx_few<T, M - 1>(w, m, dy, out, parallel);
+  }
+  dx_few<T, M>(w, dy, out, parallel);
 }
 
 template <class T>
@@ -72,13 +158,14 @@ void linear_dx(const Weight& w, int64_t m, const T* dy, T* out, const Parallel& 
     std::memset(static_cast<void*>(out), 0, size_t(m * w.k) * sizeof(T));
     return;
   }
+  if (m <= kFewRows && w.k % kGroup == 0) return linear_dx_few<T, kFewRows>(w, m, dy, out, parallel);
   Scratch<float> packed(min64(m, kMaxRowsOfDy) * ceil_div(w.n, kDepth) * kDepth);
   for (int64_t first = 0; first < m; first += kMaxRowsOfDy) {
     const int64_t rows = min64(kMaxRowsOfDy, m - first);
     pack_dy(w.n, rows, dy + first * w.n, packed.get(), parallel);
     for_ranges(parallel, ceil_div(w.k, kColumns), [&](int64_t begin, int64_t end) {
       Scales decoder(w);
-      Scratch<float> panels(kDepth * kColumns), acc(rows * kColumns);
+      Scratch<float> panels(kPanelStride * (kColumns / kPanel)), acc(rows * kColumns);
       for (int64_t column = begin; column < end; ++column)
         dx_columns(w, rows, packed.get(), column * kColumns, decoder, panels.get(), acc.get(), out + first * w.k);
     });

@@ -142,6 +142,15 @@ PEFTRT_INLINE void to_lookup_order(const float* from, float* to) {
   }
 }
 
+PEFTRT_INLINE void from_lookup_order(const float* from, float* to) {
+  for (int q = 0; q < 4; ++q) {
+    const F even = loadu(from + 8 * q), odd = loadu(from + 32 + 8 * q);
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    storeu(to + 8 * q, _mm256_permute2f128_ps(low, high, 0x20));
+    storeu(to + 32 + 8 * q, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+}
+
 template <class T, class Sink>
 PEFTRT_INLINE void decode64(const uint8_t* codes, float s0, float s1, Sink&& sink) {
   // Pairs of bytes (four weights) go to the lanes in turn, so that each looked-up vector is eight neighbours.

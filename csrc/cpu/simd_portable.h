@@ -80,6 +80,11 @@ PEFTRT_INLINE void to_lookup_order(const float* from, float* to) {
     for (int i = 0; i < 8; ++i) to[8 * j + i] = from[lookup_position(j, i)];
 }
 
+PEFTRT_INLINE void from_lookup_order(const float* from, float* to) {
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 8; ++i) to[lookup_position(j, i)] = from[8 * j + i];
+}
+
 template <class T, class Sink>
 PEFTRT_INLINE void decode64(const uint8_t* codes, float s0, float s1, Sink&& sink) {
   for (int j = 0; j < 8; ++j) {
