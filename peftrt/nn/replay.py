@@ -132,10 +132,13 @@ def _find(owner: Any, node: int) -> Span | None:
             f"a checkpointed layer runs again in the backward of a graph made more than {MAX_SPANS} rows(...) blocks "
             "ago: its routing is not known any more; call backward sooner"
         )
-    if not _made_elsewhere(node):
-        return None
-    others = (spans.find(owner, node) for spans in list(_threads) if spans is not here)
-    return next((found for found in others if found is not None), None)
+    found = [span for spans in list(_threads) if spans is not here and (span := spans.find(owner, node))]
+    if len({span.names for span in found}) > 1 or (found and not _made_elsewhere(node)):
+        raise RuntimeError(
+            "a checkpointed layer runs again in a backward, and the autograd node could be of several threads, some of "
+            "them in rows(...) blocks: call backward in the thread of the forward, and serve under torch.no_grad()"
+        )
+    return found[0] if found else None
 
 
 def _made_elsewhere(node: int) -> bool:

@@ -23,6 +23,8 @@ TARGETS = {
     "bert": ["query", "value", "dense"],
 }
 ONE = {"llama": "q_proj", "gpt2": "c_attn", "bert": "query"}
+# adapters of a batch of three
+NAMES = ["de", None, "fr"]
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
 
 
@@ -78,6 +80,14 @@ def config(kind: str, **changes: Any) -> peftrt.LoraConfig:
     """An adapter that changes the output from the start."""
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[kind], "init_lora_weights": False}
     return peftrt.LoraConfig(**{**fields, **changes})
+
+
+def two_adapters(kind: str = "llama", quantize: str | None = None, **changes: Any) -> Any:
+    """A model with the adapters "fr" and, smaller, "de", which is active."""
+    model = build(kind)
+    peftrt.adapt(model, config(kind, **changes), name="fr", quantize=quantize)
+    peftrt.adapt(model, config(kind, r=2, target_modules=TARGETS[kind][:2]), name="de", quantize=quantize)
+    return model
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
