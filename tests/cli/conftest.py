@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from tests.cli.tiny import make_tokenizer, sentence, write_jsonl  # noqa: E402 - only where it can be imported
+
 ROOT = Path(__file__).parent.parent.parent
-FRUIT, TOOLS = ("apple", "pear", "plum", "fig"), ("hammer", "saw", "drill", "file")
-OTHER = ("the", "a", "is", "on", "my", "table", "red", "old", "new", "and")
-WORDS = (*FRUIT, *TOOLS, *OTHER)
 
 
-def sentence(rng: random.Random, label: str) -> str:
-    """A few words, one of which tells the label."""
-    words = [rng.choice(OTHER) for _ in range(rng.randint(2, 9))]
-    words.insert(rng.randrange(len(words)), rng.choice(FRUIT if label == "fruit" else TOOLS))
-    return " ".join(words)
-
-
-def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def make_tokenizer(directory: Path, *, bert: bool) -> None:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<|endoftext|>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[1]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    if bert:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    names = (
-        {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        if bert
-        else {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<unk>"}
-    )
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    fast.save_pretrained(directory)
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> None:
+    """transformers and its hub read these when they are imported; what is asked of them here is never on the net."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +39,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         intermediate_size=128,
         max_position_embeddings=32,
-        initializer_range=0.3,  # enough for a random network to have something to tell apart
+        initializer_range=0.1,  # enough for a random network to have something to tell apart
     )
     transformers.BertModel(config).save_pretrained(directory)
     make_tokenizer(directory, bert=True)
@@ -80,7 +52,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny-gpt2"
     torch.manual_seed(2)
     config = transformers.GPT2Config(
-        vocab_size=32, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+        vocab_size=32, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0, initializer_range=0.2
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(directory)
     make_tokenizer(directory, bert=False)
@@ -89,9 +61,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 sentences about fruit or tools, a label each."""
+    """240 sentences about fruit or tools, a label each."""
     rng = random.Random(3)
-    rows = [{"text": sentence(rng, label), "label": label} for label in ["fruit", "tools"] * 60]
+    rows = [{"text": sentence(rng, label), "label": label} for label in ["fruit", "tools"] * 120]
     return write_jsonl(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
 
 
