@@ -58,9 +58,8 @@ def adapt(
         config: what to adapt, and how.
         name: of the new adapter. A second one is added to the layers that are there.
         quantize: ``"nf4"`` or None. Weights are quantised one by one, on the device they are on, and released: there is
-            never a second copy of the model. A weight that something else uses as well (a head tied to the embedding)
-            stays dense.
-            For a further adapter: the same as for the first.
+            never a second copy of the model. A weight stays dense that something else uses as well (a head tied to the
+            embedding), or that a Hugging Face model wants in full precision. For a further adapter: as for the first.
         block_size, double_quant: of NF4; see :func:`peftrt.ops.nf4_quantize`.
         adapter_dtype: of A and B: fp32, bf16 or fp16.
         checkpoint: for a model without data (built on the meta device, or under :func:`peftrt.empty_weights`): a
@@ -199,7 +198,7 @@ def _wrap(
         for path in paths:
             if source is not None:
                 source.fill(path)
-            if storage["quantize"] is None or path in plan.shared:
+            if storage["quantize"] is None or path in plan.dense:
                 _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
             else:
                 _swap(model, path, state, lambda module: QLoRALinear.from_linear(module, r=None, **options))

@@ -49,8 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         name: of the adapter; may be left out where there is one, or one is active.
 
     Raises:
-        ValueError: no such adapter, or none is named among several; adapters are merged, so that a module to save may
-            not be what was trained.
+        ValueError: no such adapter, or none is named among several.
         OSError: the directory cannot be written; what was there is intact.
     """
     state = expect_state(model, "save")

@@ -35,14 +35,14 @@ class Plan:
         existing: layers with adapters that get one more.
         saved: modules that get a trainable copy.
         left_out: path -> why a linear module is not adapted.
-        shared: path in ``new`` -> where else its weight is used: quantising it would cut that tie.
+        dense: path in ``new`` -> why its weight is not to be quantised.
     """
 
     new: list[str] = field(default_factory=list)
     existing: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:
@@ -88,7 +88,7 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
             excluded = is_excluded(path, config)
             plan.left_out[path] = "excluded" if excluded else "not among target_modules"
     _check_everything_matched(model, config, plan)
-    plan.shared = _shared_weights(model, plan.new)
+    plan.dense = _kept_precise(model, plan.new) | _shared_weights(model, plan.new)
     return plan
 
 
@@ -191,8 +191,17 @@ def _check_everything_matched(model: nn.Module, config: LoraConfig, plan: Plan) 
             raise ConfigError(f"modules_to_save: {name!r} matches no module of the model{close_names(name, model)}")
 
 
+def _kept_precise(model: nn.Module, paths: list[str]) -> dict[str, str]:
+    """Modules that a Hugging Face model names as needing full precision: T5 casts to the dtype of ``wo.weight``."""
+    names: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names.update(getattr(model, attribute, None) or ())
+    kept = [path for path in paths if names & set(path.split("."))]
+    return dict.fromkeys(kept, "the model asks for full precision (_keep_in_fp32_modules)")
+
+
 def _shared_weights(model: nn.Module, paths: list[str]) -> dict[str, str]:
-    """Path -> another module's path whose weight is the same tensor, as a tied head's is that of the embedding."""
+    """Modules whose weight is that of another one, too, as a tied head's: quantising it would cut the tie."""
     users: defaultdict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -201,7 +210,7 @@ def _shared_weights(model: nn.Module, paths: list[str]) -> dict[str, str]:
     for path in paths:
         others = [user for user in users[_identity(model.get_submodule(path).weight)] if user[0] != path]
         if others:
-            shared[path] = others[0][0]
+            shared[path] = f"its weight is also that of {others[0][0]}"
     return shared
 
 

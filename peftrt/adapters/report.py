@@ -107,8 +107,8 @@ def make_report(model: nn.Module, state: ModelAdapters, name: str, plan: Plan, b
         quantized = isinstance(layer, QLoRALinear)
         storage = "nf4" if quantized else str(layer.weight.dtype).removeprefix("torch.")
         note = ""
-        if path in plan.shared and state.storage is not None and state.storage["quantize"]:
-            note = f"its weight is also that of {plan.shared[path]}"
+        if state.storage is not None and state.storage["quantize"]:
+            note = plan.dense.get(path, "")
         choice = site_choice(layer)
         site = AdaptedSite(
             path, layer.in_features, layer.out_features, adapter.r, adapter.scaling, storage, note, choice

@@ -123,6 +123,16 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered."""
     for parent, name in parents_of(model, old):
         parent._modules[name] = new
+        _leave_fast_path(model, parent)
+
+
+def _leave_fast_path(model: nn.Module, parent: nn.Module) -> None:
+    """torch's own encoder layers read their children's weights in eval(), past what those would compute."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and any(layer is parent for layer in module.layers):
+                module.use_nested_tensor = False
 
 
 @contextmanager

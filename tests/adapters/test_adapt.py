@@ -96,6 +96,22 @@ def test_any_torch_model() -> None:
     assert model(IDS).shape == (3, 4, 16)
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_torch_s_own_encoder(quantize: str | None) -> None:
+    """In eval() it reads its children's weights itself, unless it is kept from that."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+    options = {"r": 4, "init_lora_weights": False}
+    peftrt.adapt(model, peftrt.LoraConfig(target_modules=["linear1", "linear2"], **options), quantize=quantize)
+    x, padding = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    slow = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding)
+        peftrt.set_active(model, None)
+        bare = model(x, src_key_padding_mask=padding)
+    assert_same_bits(fast, slow.detach())
+    assert (bare - fast)[~padding].abs().max() > 1e-2
+
+
 def test_hooks_and_modes_survive() -> None:
     model = Net()
     calls = []
@@ -313,6 +329,17 @@ class TestQuantising:
         assert "wte" in site.note or "embed_tokens" in site.note
         assert site.note in str(report)
         assert {site.storage for site in report.sites if site.path != "lm_head"} == {"nf4"}
+
+    def test_what_a_model_keeps_in_full_precision(self) -> None:
+        """T5 casts its hidden state to the dtype of ``wo.weight``, which must not be that of bytes."""
+        transformers = pytest.importorskip("transformers")
+        sizes = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(decoder_start_token_id=0, **sizes)).eval()
+        report = peftrt.adapt(model, peftrt.LoraConfig(target_modules="all-linear"), quantize="nf4")
+        storage = {site.path.rpartition(".")[2]: site.storage for site in report.sites}
+        assert storage == {**dict.fromkeys(("q", "k", "v", "o", "wi"), "nf4"), "wo": "float32"}
+        assert "_keep_in_fp32_modules" in str(report)
+        assert model(input_ids=IDS, labels=IDS).loss.isfinite()
 
     def test_a_shared_module_is_one_layer(self) -> None:
         shared = nn.Linear(64, 64)
