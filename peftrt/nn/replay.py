@@ -4,6 +4,10 @@
 has ended. Nothing is hung on the graph for that: autograd numbers the nodes that a thread makes, so the span of numbers
 that a block covered tells, of the node that runs now, in which block it was made. A block in which no node was made, as
 in serving, leaves nothing behind.
+
+Numbers are a thread's own. On a CPU a backward runs in the thread that called it, which is usually that of the forward;
+for a CUDA device it runs in a thread of torch's, where all threads' blocks are looked through. What could be of two
+threads is an error; threads that serve while another trains should do so under ``torch.no_grad()``.
 """
 
 from __future__ import annotations
