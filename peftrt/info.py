@@ -115,23 +115,32 @@ def _choices(op: str, device: str) -> dict[str, dict[str, Any]]:
 
 
 def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of a small call of an operation: its choice of a backend is asked for, the call is not made."""
+    """The arguments of a small call: which backend would serve it is asked, the call is not made.
+
+    They go by the names in the operation's schema, which mean the same in all of them.
+    """
+    name, _, overload = op.partition(".")
+    arguments = getattr(getattr(torch.ops.peftrt, name), overload or "default")._schema.arguments
     dense = torch.zeros(_SIZE, _SIZE)
     x = dense.to(device, dtype)
-    weight = NF4Weight.quantize(dense).to(device)
-    nf4 = weight_args(op, weight)
-    A, B = x[:_RANK], x[:, :_RANK].contiguous()
+    nf4 = weight_args(op, NF4Weight.quantize(dense).to(device))
     one = torch.ones(1, dtype=torch.int32, device=device)
-    slots = torch.zeros(_SIZE, dtype=torch.int32, device=device)
-    table = (A, A, one * _RANK, one * 0, one.float(), slots)
-    calls: dict[str, tuple[Any, ...]] = {
-        "nf4_quantize": (x, 64, True),
-        "nf4_dequantize": (*nf4[:4], [_SIZE, _SIZE], 64, dtype),
-        "nf4_dequantize.out": (*nf4[:4], [_SIZE, _SIZE], 64, x),
-        "nf4_linear": (x, *nf4, None),
-        "nf4_linear_dx": (x, *nf4),
-        "lora_linear": (x, *nf4, A, B, 1.0, None, 0.0, None),
-        "multi_lora_linear": (x, *nf4, *table, None),
-        "multi_lora_linear_backward": (x, x, *table),
+    values: dict[str, Any] = {
+        **nf4._asdict(),
+        **dict.fromkeys(("x", "dy", "out"), x),
+        **dict.fromkeys(("A", "B", "lora_A"), x[:_RANK]),
+        "lora_B": x[:, :_RANK].contiguous(),
+        "ranks": one * _RANK,
+        "offsets": one * 0,
+        "slot_ids": torch.zeros(_SIZE, dtype=torch.int32, device=device),
+        "shape": [_SIZE, _SIZE],
+        "dtype": dtype,
+        "double_quant": True,
+        "bias": None,
+        "seed": one.long(),
+        **dict.fromkeys(("dropout_p", "p"), 0.5),
     }
-    return calls[op]
+    if "absmax" not in {argument.name for argument in arguments}:
+        values["weight"] = x
+    scalings = {"float": 1.0, "Tensor": one.float()}
+    return tuple(scalings[str(a.type)] if a.name == "scaling" else values[a.name] for a in arguments)

@@ -145,7 +145,7 @@ def _one_line(name: str, what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # each format's reader has errors of its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"--model: cannot load the {what} of {name!r}: {reason}") from error

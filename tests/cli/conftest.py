@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,15 @@ ROOT = Path(__file__).parent.parent.parent
 def no_network() -> None:
     """transformers and its hub read these when they are imported; what is asked of them here is never on the net."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster so, and a run in this process has the bits of one in a process that is told the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +61,14 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny-gpt2"
     torch.manual_seed(2)
     config = transformers.GPT2Config(
-        vocab_size=32, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0, initializer_range=0.2
+        vocab_size=32,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(directory)
     make_tokenizer(directory, bert=False)

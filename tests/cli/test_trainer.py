@@ -70,7 +70,7 @@ def test_every_epoch_has_every_example_once_in_another_order() -> None:
     assert order.batches_per_epoch == 6
     epochs = [[order[6 * epoch + i].tolist() for i in range(6)] for epoch in range(3)]
     for epoch in epochs:
-        assert sorted(sum(epoch, [])) == list(range(22))
+        assert sorted(row for batch in epoch for row in batch) == list(range(22))
     assert epochs[0] != epochs[1] != epochs[2]
     again = Order(examples().lengths, 4, seed=5)
     assert [again[i].tolist() for i in range(12, 18)] == epochs[2], "the order depends on where it was entered"
