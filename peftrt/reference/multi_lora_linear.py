@@ -35,7 +35,7 @@ def forward(x: Tensor, *rest: Any) -> Tensor:
         y = y + bias
     for rows, own, scale in _slots(ranks, offsets, scaling, slot_ids):
         y[rows] += scale * (wide[rows] @ A[own].to(dtype).t() @ B[own].to(dtype))
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], B.shape[1])
 
 
 def backward(
@@ -48,6 +48,7 @@ def backward(
     for rows, own, scale in _slots(ranks, offsets, scaling, slot_ids):
         grad = scale * (dy_wide[rows] @ B[own].to(dtype).t())
         dx[rows] = grad @ A[own].to(dtype)
-        dA[own] = grad.t() @ wide[rows]
-        dB[own] = (wide[rows] @ A[own].to(dtype).t()).t() @ dy_wide[rows] * scale
+        # added, not set: slots may share rows of the table
+        dA[own] += grad.t() @ wide[rows]
+        dB[own] += (wide[rows] @ A[own].to(dtype).t()).t() @ dy_wide[rows] * scale
     return dx.to(x.dtype).view(x.shape), dA.to(A.dtype), dB.to(B.dtype)
