@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 
@@ -122,6 +123,18 @@ void nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor>
                                        parallel());
 }
 
+void dropout(Tensor x, int64_t seed, double p, Tensor out) {
+  const char* op = "dropout";
+  check_dense(x, op, "x");
+  check_dense(out, op, "out");
+  check(out.numel() == x.numel() && out.scalar_type() == x.scalar_type(), op, "out", "of x's size and dtype");
+  check(p >= 0.0 && p < 1.0, op, "p", "in [0, 1)");
+  const double threshold = std::nearbyint(p * 4294967296.0);
+  check(threshold < 4294967296.0, op, "p", "at most 1 - 2^-32");
+  peftrt::cpu::kernels().dropout(dtype_of(x, op, "x"), x.numel(), uint64_t(seed), uint32_t(threshold), float(1.0 - p),
+                                 x.const_data_ptr(), out.mutable_data_ptr(), parallel());
+}
+
 std::string isa() { return peftrt::cpu::kernels().isa; }
 
 }  // namespace
@@ -132,6 +145,7 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_dequantize(" PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT ", Tensor? bias, Tensor(a!) out) -> ()");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
+  m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
 }
 
@@ -139,6 +153,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
   m.impl("nf4_linear_dx", TORCH_BOX(&nf4_linear_dx));
+  m.impl("dropout", TORCH_BOX(&dropout));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

@@ -38,6 +38,9 @@ struct Kernels {
                      const Parallel& parallel);
   // out[m, k] = sum_n dy[m, n] * W[n, k]; W rounded to dtype, sums in fp32
   void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, void* out, const Parallel& parallel);
+  // out[j] = x[j] / keep_share where the word hashed from seed and j is >= threshold, else 0
+  void (*dropout)(Dtype dtype, int64_t numel, uint64_t seed, uint32_t threshold, float keep_share, const void* x,
+                  void* out, const Parallel& parallel);
 };
 
 // The best variant this CPU runs; PEFTRT_CPU_ISA=portable in the environment, read once, forces the plain one.

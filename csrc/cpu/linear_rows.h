@@ -15,14 +15,7 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 template <class T>
 inline float bias_at(const T* bias, int64_t n) {
-  float value = 0.0f;
-  if (bias != nullptr) to_floats(bias + n, 1, &value);
-  return value;
-}
-
-template <class T>
-inline void write_one(T* out, float value) {
-  from_floats(&value, 1, out);
+  return bias != nullptr ? load_one(bias + n) : 0.0f;
 }
 
 template <class T>
@@ -35,18 +28,17 @@ void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
     }
 }
 
-// acc[m] += the sum over `groups` groups of one row of W. units: a scale a 32 weights; Split: the two of a group differ
-// (blocks of 32).
-template <class T, int M, bool Split>
+// sums[m] += the sum over `groups` groups of one row of W. units: a scale a 32 weights.
+template <class T, int M>
 PEFTRT_INLINE void dot_groups(const uint8_t* codes, const float* units, const float* x, int64_t groups, float* sums) {
   F acc[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m] = loadu(sums + 8 * m);
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, x += M * kGroup) {
-    const F scale = Split ? set_halves(units[0], units[1]) : set1(units[0]);
+    const F scale = set_halves(units[0], units[1]);
     constexpr int kChains = M < 3 ? 2 : 1;
     constexpr int kLength = 8 / kChains;
-    F part[kChains][M];
+    F part[kChains][M] = {};
     lookup64(codes, [&](int j, F code) {
       const F weight = kIsFloat<T> ? code : round_to<T>(mul(code, scale));
 #pragma GCC unroll 8
@@ -86,15 +78,12 @@ void linear_groups(const Weight& w, const T* x, const T* bias, T* out, const Par
           const int64_t at = i * groups + g;
           const uint8_t* codes = w.codes + (n0 * groups + at) * (kGroup / 2);
           const float* lanes = permuted.get() + g * M * kGroup;
-          if (w.block_size == 32)
-            dot_groups<T, M, true>(codes, units.get() + 2 * at, lanes, min64(kSlice, groups - g), sums[i]);
-          else
-            dot_groups<T, M, false>(codes, units.get() + 2 * at, lanes, min64(kSlice, groups - g), sums[i]);
+          dot_groups<T, M>(codes, units.get() + 2 * at, lanes, min64(kSlice, groups - g), sums[i]);
         }
       }
       for (int64_t i = 0; i < rows; ++i)
         for (int m = 0; m < M; ++m)
-          write_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + 8 * m)) + bias_at(bias, n0 + i));
+          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + 8 * m)) + bias_at(bias, n0 + i));
     }
   });
 }
@@ -134,7 +123,7 @@ void linear_any_k(const Weight& w, const T* x, const T* bias, T* out, const Para
         decode_span<T>(w, start, count, units, weights);
         dot_span<M>(weights, floats.get() + k, w.k, count, sums);
       }
-      for (int m = 0; m < M; ++m) write_one(out + m * w.n + n, sums[m] + bias_at(bias, n));
+      for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, sums[m] + bias_at(bias, n));
     }
   });
 }

@@ -49,26 +49,32 @@ inline void micro_rows(int64_t rows, int64_t depth, const float* s, int64_t ld_s
   micro<MaxR, V>(depth, s, ld_s, b, c, ld_c, add_to_c);
 }
 
-// `count` elements as floats; reads nothing past them.
+// One element, at any alignment.
+template <class T>
+PEFTRT_INLINE float load_one(const T* from) {
+  T element;
+  std::memcpy(&element, from, sizeof element);
+  return to_float(element);
+}
+template <class T>
+PEFTRT_INLINE void store_one(T* to, float value) {
+  const T element = from_float<T>(value);
+  std::memcpy(to, &element, sizeof element);
+}
+
+// `count` elements as floats, and back; nothing past them is touched.
 template <class T>
 inline void to_floats(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) storeu(to + i, load(from + i));
-  for (; i < count; ++i) {
-    T element;
-    std::memcpy(&element, from + i, sizeof element);
-    to[i] = to_float(element);
-  }
+  const int64_t whole = count / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8) storeu(to + i, load(from + i));
+  for (int64_t i = 0; i < count - whole; ++i) to[whole + i] = load_one(from + whole + i);
 }
 
 template <class T>
 inline void from_floats(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) store(to + i, loadu(from + i));
-  for (; i < count; ++i) {
-    const T element = from_float<T>(from[i]);
-    std::memcpy(to + i, &element, sizeof element);
-  }
+  const int64_t whole = count / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8) store(to + i, loadu(from + i));
+  for (int64_t i = 0; i < count - whole; ++i) store_one(to + whole + i, from[whole + i]);
 }
 
 // x[0 .. rows, k0 .. k0 + depth) with row stride ld -> packed[p][lanes], lanes of rows past the last are zero.
@@ -84,11 +90,8 @@ inline void pack_transposed(const T* x, int64_t ld, int64_t rows, int64_t depth,
       for (int i = 0; i < 8; ++i) storeu(packed + (p + i) * lanes + first, r[i]);
     }
     for (; p < depth; ++p)
-      for (int i = 0; i < 8; ++i) {
-        float value = 0.0f;
-        if (i < present) to_floats(x + (first + i) * ld + p, 1, &value);
-        packed[p * lanes + first + i] = value;
-      }
+      for (int i = 0; i < 8; ++i)
+        packed[p * lanes + first + i] = i < present ? load_one(x + (first + i) * ld + p) : 0.0f;
   }
 }
 

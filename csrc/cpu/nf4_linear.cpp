@@ -26,7 +26,7 @@ void linear(const Weight& w, int64_t m, const T* x, const T* bias, T* out, const
   if (m <= kFewRows) return linear_few<T, kFewRows>(w, m, x, bias, out, parallel);
   if (w.k == 0) {
     for (int64_t row = 0; row < m; ++row)
-      for (int64_t n = 0; n < w.n; ++n) write_one(out + row * w.n + n, bias_at(bias, n));
+      for (int64_t n = 0; n < w.n; ++n) store_one(out + row * w.n + n, bias_at(bias, n));
     return;
   }
   Scratch<float> packed(ceil_div(min64(m, kMaxRowsOfX), 16) * 16 * w.k);

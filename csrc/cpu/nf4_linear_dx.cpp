@@ -86,11 +86,9 @@ void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Sca
 
 // sums[g][m][64] += one row of W times its factors.
 template <class T, int M>
-void add_row(const Weight& w, const uint8_t* codes, const float* units, const float* factor, int64_t groups,
-             float* sums) {
-  const bool split = w.block_size == 32;
+void add_row(const uint8_t* codes, const float* units, const float* factor, int64_t groups, float* sums) {
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, sums += M * kGroup) {
-    const F scale = split ? set_halves(units[0], units[1]) : set1(units[0]);
+    const F scale = set_halves(units[0], units[1]);
     F scaled[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) scaled[m] = kIsFloat<T> ? mul(set1(factor[m]), scale) : set1(factor[m]);
@@ -125,8 +123,8 @@ void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
         const int64_t start = n * groups + first;
         decoder.decode(start * 2, count * 2, units);
         float factor[M];
-        for (int m = 0; m < M; ++m) to_floats(dy + m * w.n + n, 1, factor + m);
-        add_row<T, M>(w, w.codes + start * (kGroup / 2), units, factor, count, sums);
+        for (int m = 0; m < M; ++m) factor[m] = load_one(dy + m * w.n + n);
+        add_row<T, M>(w.codes + start * (kGroup / 2), units, factor, count, sums);
         // Sums of 256, then the sum of those: one chain over all of N would lose accuracy.
         if (n % kDepth == kDepth - 1 || n == w.n - 1)
           for (int64_t i = 0; i < lanes; i += 8) storeu(total + i, add(loadu(total + i), loadu(sums + i)));

@@ -16,7 +16,7 @@ namespace peftrt::cpu::PEFTRT_ISA {
 using F = __m256;
 
 PEFTRT_INLINE F set1(float value) { return _mm256_set1_ps(value); }
-PEFTRT_INLINE F set_halves(float a, float b) { return _mm256_setr_ps(a, a, a, a, b, b, b, b); }
+PEFTRT_INLINE F set_halves(float a, float b) { return _mm256_blend_ps(set1(a), set1(b), 0xf0); }
 PEFTRT_INLINE F zero() { return _mm256_setzero_ps(); }
 PEFTRT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 PEFTRT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }

@@ -1,0 +1,203 @@
+// Random shapes through every kernel of one instruction set, against a scalar double-precision answer.
+//
+//   fuzz_kernels ISA SEED COUNT
+//
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/test_native_sanitizers.py: every buffer is a heap
+// block of exactly its size at an odd address, so one byte read or written outside is an error.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "nf4.h"
+
+namespace {
+
+using peftrt::cpu::Dtype;
+using peftrt::cpu::Kernels;
+using peftrt::cpu::Parallel;
+using peftrt::cpu::Weight;
+
+std::mt19937_64 generator;
+
+int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[generator() % values.size()]; }
+
+// `size` bytes that start one byte into a heap block and end with it.
+class Bytes {
+ public:
+  explicit Bytes(size_t size) : block_(new uint8_t[size + 1]), size_(size) {
+    for (size_t i = 0; i <= size; ++i) block_[i] = 0xff;  // NaN in every dtype
+  }
+  uint8_t* get() const { return block_.get() + 1; }
+  size_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<uint8_t[]> block_;
+  size_t size_;
+};
+
+size_t width(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent == 0    ? std::ldexp(float(fraction), -24)
+                          : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                           : std::ldexp(float(fraction + 1024), exponent - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+double read(const Bytes& bytes, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::kFloat32) {
+    float value;
+    std::memcpy(&value, bytes.get() + 4 * i, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, bytes.get() + 2 * i, 2);
+  if (dtype == Dtype::kFloat16) return half_to_float(bits);
+  const uint32_t word = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+// A multiple of 1/16 in [-2, 2]: the same number in every dtype.
+void write_small(const Bytes& bytes, Dtype dtype, int64_t i) {
+  const float value = float(int64_t(generator() % 65) - 32) / 16;
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if (dtype == Dtype::kFloat32) {
+    std::memcpy(bytes.get() + 4 * i, &word, 4);
+    return;
+  }
+  uint16_t bits = uint16_t(word >> 16);
+  if (dtype == Dtype::kFloat16) {
+    const int exponent = int(word >> 23 & 255) - 127 + 15;
+    bits = value == 0 ? 0 : uint16_t((word >> 16 & 0x8000) | unsigned(exponent) << 10 | (word >> 13 & 1023));
+  }
+  std::memcpy(bytes.get() + 2 * i, &bits, 2);
+}
+
+void run_threads(int64_t tasks, Parallel::Body body, void* context) {
+  const int64_t middle = tasks / 2;
+  std::thread other([=] { body(0, middle, context); });
+  body(middle, tasks, context);
+  other.join();
+}
+
+struct Case {
+  Dtype dtype;
+  int64_t m, n, k;
+  int block_size;
+  bool nested, bias;
+};
+
+int fail(const char* op, const Case& c, int64_t i, double got, double want) {
+  std::printf("%s: dtype %d M %ld N %ld K %ld G %d nested %d bias %d: element %ld is %.9g, expected %.9g\n", op,
+              int(c.dtype), long(c.m), long(c.n), long(c.k), c.block_size, c.nested, c.bias, long(i), got, want);
+  return 1;
+}
+
+int compare(const char* op, const Case& c, const Bytes& out, const std::vector<double>& want,
+            const std::vector<double>& magnitude) {
+  const double relative = c.dtype == Dtype::kFloat32 ? 2e-6 : c.dtype == Dtype::kBFloat16 ? 5e-3 : 1e-3;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double got = read(out, c.dtype, int64_t(i));
+    if (!(std::fabs(got - want[i]) <= relative * magnitude[i] + 1e-7)) return fail(op, c, int64_t(i), got, want[i]);
+  }
+  return 0;
+}
+
+int run_case(const Kernels& kernels, const Case& c) {
+  const int64_t numel = c.n * c.k, blocks = (numel + c.block_size - 1) / c.block_size;
+  Bytes codes(size_t(numel + 1) / 2), absmax(size_t(c.nested ? blocks : 4 * blocks)),
+      nested(size_t(blocks + 255) / 256 * 4);
+  for (size_t i = 0; i < codes.size(); ++i) codes.get()[i] = uint8_t(generator());
+  for (size_t i = 0; i < absmax.size(); ++i) absmax.get()[i] = uint8_t(generator());
+  for (size_t i = 0; i < nested.size(); i += 4) {
+    const float value = float(generator() % 16 + 1) / 16;
+    std::memcpy(nested.get() + i, &value, 4);
+  }
+  if (!c.nested)
+    for (int64_t i = 0; i < blocks; ++i) {
+      const float value = float(generator() % 256) / 64;
+      std::memcpy(absmax.get() + 4 * i, &value, 4);
+    }
+  const Weight weight = {codes.get(), absmax.get(), c.nested ? nested.get() : nullptr, 0.75f, c.n, c.k, c.block_size};
+  const Parallel parallel = {int(generator() % 2 + 1), run_threads};
+
+  Bytes dense(size_t(numel) * width(c.dtype));
+  kernels.nf4_dequantize(weight, c.dtype, dense.get(), parallel);
+  std::vector<double> w(static_cast<size_t>(numel)), exact(w), size(w);
+  for (int64_t i = 0; i < numel; ++i) {
+    const int64_t block = i / c.block_size;
+    float scale, run;
+    if (c.nested) {
+      std::memcpy(&run, nested.get() + block / 256 * 4, 4);
+      scale = peftrt::nested_scale(peftrt::dynamic_code(absmax.get()[block]), run, 0.75f);
+    } else {
+      std::memcpy(&scale, absmax.get() + 4 * block, 4);
+    }
+    exact[size_t(i)] = double(peftrt::kNf4[peftrt::nibble(codes.get(), i)]) * scale;
+    size[size_t(i)] = std::fabs(exact[size_t(i)]);
+    w[size_t(i)] = read(dense, c.dtype, i);
+  }
+  if (compare("nf4_dequantize", c, dense, exact, size)) return 1;
+
+  Bytes x(size_t(c.m * c.k) * width(c.dtype)), bias(size_t(c.n) * width(c.dtype)),
+      y(size_t(c.m * c.n) * width(c.dtype));
+  for (int64_t i = 0; i < c.m * c.k; ++i) write_small(x, c.dtype, i);
+  for (int64_t i = 0; i < c.n; ++i) write_small(bias, c.dtype, i);
+  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), c.bias ? bias.get() : nullptr, y.get(), parallel);
+  std::vector<double> want(size_t(c.m * c.n)), magnitude(want);
+  for (int64_t i = 0; i < c.m * c.n; ++i) {
+    const int64_t m = i / c.n, n = i % c.n;
+    double sum = c.bias ? read(bias, c.dtype, n) : 0, absolute = std::fabs(sum);
+    for (int64_t k = 0; k < c.k; ++k) {
+      const double product = read(x, c.dtype, m * c.k + k) * w[size_t(n * c.k + k)];
+      sum += product, absolute += std::fabs(product);
+    }
+    want[size_t(i)] = sum, magnitude[size_t(i)] = absolute;
+  }
+  if (compare("nf4_linear", c, y, want, magnitude)) return 1;
+
+  Bytes dy(size_t(c.m * c.n) * width(c.dtype)), dx(size_t(c.m * c.k) * width(c.dtype));
+  for (int64_t i = 0; i < c.m * c.n; ++i) write_small(dy, c.dtype, i);
+  kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), dx.get(), parallel);
+  want.assign(size_t(c.m * c.k), 0.0), magnitude.assign(size_t(c.m * c.k), 0.0);
+  for (int64_t i = 0; i < c.m * c.k; ++i)
+    for (int64_t n = 0; n < c.n; ++n) {
+      const double product = read(dy, c.dtype, i / c.k * c.n + n) * w[size_t(n * c.k + i % c.k)];
+      want[size_t(i)] += product, magnitude[size_t(i)] += std::fabs(product);
+    }
+  return compare("nf4_linear_dx", c, dx, want, magnitude);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  const Kernels* kernels = peftrt::cpu::kernels_for(argv[1]);
+  if (kernels == nullptr) return 3;
+  const uint64_t seed = std::strtoull(argv[2], nullptr, 10), count = std::strtoull(argv[3], nullptr, 10);
+  for (uint64_t i = 0; i < count; ++i) {
+    generator.seed(seed + i);
+    Case c;
+    c.dtype = Dtype(generator() % 3);
+    c.m = pick({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 17, 23, 33});
+    c.n = pick({0, 1, 2, 5, 8, 12, 23, 25, 40, 97});
+    c.k = pick({0, 1, 2, 3, 31, 33, 63, 64, 65, 96, 127, 128, 130, 192, 255, 256, 257, 320, 512, 576});
+    if (generator() % 16 == 0) (generator() % 2 ? c.n : c.k) = 521 + int64_t(generator() % 64);
+    c.block_size = 32 << generator() % 8;
+    c.nested = generator() % 2;
+    c.bias = generator() % 2;
+    if (run_case(*kernels, c)) return std::printf("seed %lu\n", static_cast<unsigned long>(seed + i)), 1;
+  }
+  std::printf("%lu cases, %s\n", static_cast<unsigned long>(count), kernels->isa);
+  return 0;
+}

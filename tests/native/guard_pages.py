@@ -1,0 +1,67 @@
+"""Runs every native CPU function on buffers that end where an inaccessible page begins; a read past one is fatal."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+
+import torch
+
+from peftrt.ops import _native
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+keep: list[object] = []
+
+
+def at_the_end(size: int, dtype: torch.dtype, shape: tuple[int, ...], fill: str = "random") -> torch.Tensor:
+    """A tensor of `size` bytes whose last byte is the last before a page that cannot be touched."""
+    pages = -(-max(size, 1) // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    view = (ctypes.c_char * len(memory)).from_buffer(memory)
+    start = ctypes.addressof(view)
+    assert libc.mprotect(start + pages * PAGE, PAGE, 0) == 0
+    keep.extend((memory, view))
+    raw = (ctypes.c_char * size).from_address(start + pages * PAGE - size)
+    tensor = torch.frombuffer(raw, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    if fill == "random" and dtype == torch.uint8:
+        tensor.random_(0, 256)
+    elif fill == "random":
+        tensor.copy_(torch.randn(size // dtype.itemsize).to(dtype).view(torch.uint8))
+    else:
+        tensor.fill_(0xFF)
+    return tensor.view(dtype).reshape(shape)
+
+
+def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
+    blocks = -(-n * k // block_size)
+    codes = at_the_end((n * k + 1) // 2, torch.uint8, (-1,))
+    absmax = at_the_end(blocks, torch.uint8, (-1,))
+    runs = -(-blocks // 256)
+    nested = at_the_end(4 * runs, torch.float32, (runs,)).view(torch.uint8)
+    offset = at_the_end(4, torch.float32, (1,)).view(torch.uint8)
+    weight = (codes, absmax, nested, offset, block_size)
+
+    def floats(rows: int, columns: int, fill: str = "random") -> torch.Tensor:
+        return at_the_end(rows * columns * dtype.itemsize, dtype, (rows, columns), fill)
+
+    dense, y, dx = floats(n, k, "nan"), floats(m, n, "nan"), floats(m, k, "nan")
+    torch.ops.peftrt_cpu.nf4_dequantize(*weight, dense)
+    torch.ops.peftrt_cpu.nf4_linear(floats(m, k), *weight, floats(1, n).reshape(-1), y)
+    torch.ops.peftrt_cpu.nf4_linear_dx(floats(m, n), *weight, dx)
+    for out in (dense, y, dx):
+        assert out.isfinite().all(), (m, n, k, block_size, dtype)
+    keep.clear()
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    reason = _native.load()
+    assert reason is None, reason
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for m in (1, 2, 5, 8, 9, 17):
+            for n, k, block_size in ((1, 1, 32), (3, 7, 64), (5, 64, 64), (13, 65, 32), (7, 127, 128), (25, 320, 4096)):
+                run(m, n, k, block_size, dtype)
+    print("no breach")

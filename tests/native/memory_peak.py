@@ -1,0 +1,48 @@
+"""Measures that no native call allocates anything of the size of its weight, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+from peftrt.ops import _native
+
+N = K = 4096
+DENSE = N * K * 4
+
+
+def status(key: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+if __name__ == "__main__":
+    reason = _native.load()
+    assert reason is None, reason
+    blocks = N * K // 64
+    weight = (
+        torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8),
+        torch.randint(0, 256, (blocks,), dtype=torch.uint8),
+        torch.ones(blocks // 256).view(torch.uint8),
+        torch.ones(1).view(torch.uint8),
+        64,
+    )
+    for m in (1, 4, 16, 64):
+        x, y = torch.randn(m, K), torch.empty(m, N)
+        x.sum(), y.zero_()
+        for call in (torch.ops.peftrt_cpu.nf4_linear, torch.ops.peftrt_cpu.nf4_linear_dx):
+            extra = (None,) if call is torch.ops.peftrt_cpu.nf4_linear else ()
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+            before = status("VmRSS")
+            call(x, *weight, *extra, y)
+            # beside the activations: a repacked x, and panels of W of a fixed size a thread
+            allowed = 2 * m * K * 4 + DENSE // 16
+            assert status("VmHWM") - before < allowed, (m, str(call), status("VmHWM") - before, allowed)
+            assert status("VmRSS") - before < allowed, (m, str(call))
+    print("peak within bounds")

@@ -1,0 +1,35 @@
+"""Prints the instruction set, a digest of dequantised weights, and a few sums of linear and its dX."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from peftrt.ops import _native
+
+if __name__ == "__main__":
+    reason = _native.load()
+    assert reason is None, reason
+    generator = torch.Generator().manual_seed(7)
+    digest, sums = hashlib.sha256(), []
+    for n, k, block_size in ((5, 64, 64), (13, 67, 32), (40, 320, 128), (3, 4097, 4096)):
+        blocks = -(-n * k // block_size)
+        weight = (
+            torch.randint(0, 256, ((n * k + 1) // 2,), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator),
+            torch.rand(-(-blocks // 256), generator=generator).view(torch.uint8),
+            torch.rand(1, generator=generator).view(torch.uint8),
+            block_size,
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            out = torch.empty(n, k, dtype=dtype)
+            torch.ops.peftrt_cpu.nf4_dequantize(*weight, out)
+            digest.update(out.view(torch.uint8).numpy().tobytes())
+        for m in (1, 3, 20):
+            x, dy = torch.rand(m, k, generator=generator), torch.rand(m, n, generator=generator)
+            y, dx = torch.empty(m, n), torch.empty(m, k)
+            torch.ops.peftrt_cpu.nf4_linear(x, *weight, None, y)
+            torch.ops.peftrt_cpu.nf4_linear_dx(dy, *weight, dx)
+            sums += [y.abs().sum().item(), dx.abs().sum().item()]
+    print(_native.isa(), digest.hexdigest(), *sums)

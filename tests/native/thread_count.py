@@ -1,0 +1,41 @@
+"""Counts this process's threads around native calls: they use torch's, as many as torch was told, and make none."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from peftrt.ops import _native
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    reason = _native.load()
+    assert reason is None, reason
+    n, k = 512, 1024
+    weight = (
+        torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8),
+        torch.ones(n * k // 64).view(torch.uint8),
+        None,
+        None,
+        64,
+    )
+
+    def call() -> None:
+        for m in (1, 16):
+            torch.ops.peftrt_cpu.nf4_linear(torch.ones(m, k), *weight, None, torch.empty(m, n))
+            torch.ops.peftrt_cpu.nf4_linear_dx(torch.ones(m, n), *weight, torch.empty(m, k))
+        torch.ops.peftrt_cpu.nf4_dequantize(*weight, torch.empty(n, k))
+
+    alone = threads()
+    call()
+    assert threads() == alone, (alone, threads())
+    torch.set_num_threads(3)
+    call()
+    assert threads() == alone + 2, (alone, threads())
+    print("threads obeyed")
