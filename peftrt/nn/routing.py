@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftrt.nn import replay
+from peftrt.nn import recompute
 
 
 class AdapterSet:
@@ -30,7 +30,7 @@ class Routing:
     def __init__(self, names: Sequence[str | None], expand: int = 1) -> None:
         self.names = tuple(name for name in names for _ in range(expand))
         # the backward it was made in: a checkpointed region may hold a block of its own
-        self.made_in = replay.backward_number()
+        self.made_in = recompute.backward_number()
         self._slot_ids: dict[tuple[tuple[str, ...], int, torch.device], Tensor] = {}
 
     def held(self, candidates: Sequence[str]) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ _open: dict[int, Routing] = {}
 
 def current(owner: AdapterSet) -> Routing | None:
     """The routing that this thread's calls of the owner's layers run under; in a backward, that of their forward."""
-    if not torch.compiler.is_compiling() and replay.backward_number() != -1:
+    if not torch.compiler.is_compiling() and recompute.backward_number() != -1:
         return _in_backward(owner)
     if not _open:
         return None
@@ -78,9 +78,9 @@ def current(owner: AdapterSet) -> Routing | None:
 def _in_backward(owner: AdapterSet) -> Routing | None:
     """The routing of a layer that a checkpoint runs again: of a block in the region itself, or around its forward."""
     opened = (_routings.get() or {}).get(id(owner))
-    if opened is not None and opened.made_in == replay.backward_number():
+    if opened is not None and opened.made_in == recompute.backward_number():
         return opened
-    names = replay.recall(owner)
+    names = recompute.recall(owner)
     return None if names is None else Routing(names)
 
 
@@ -90,10 +90,10 @@ def routed(owner: AdapterSet, names: Sequence[str | None], expand: int = 1) -> I
     routing = Routing(names, expand)
     token = _routings.set({**(_routings.get() or {}), id(owner): routing})
     _open[id(routing)] = routing
-    span = replay.begin(owner, routing.names)
+    span = recompute.begin(owner, routing.names)
     try:
         yield routing
     finally:
-        replay.end(span)
+        recompute.end(span)
         del _open[id(routing)]
         _routings.reset(token)

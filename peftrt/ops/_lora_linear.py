@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftrt.formats.nf4 import NF4Weight
+from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
 from peftrt.ops import _native
 from peftrt.ops._define import Backend, define, reference_backend
+from peftrt.ops._seed import as_seed, check_seed
 from peftrt.ops._weight import (
     WEIGHT,
     WeightArgs,
@@ -22,7 +23,6 @@ from peftrt.ops._weight import (
 )
 from peftrt.reference import lora_linear as reference
 from peftrt.reference._weight import accumulator
-from peftrt.reference.dropout import dropout
 
 
 def lora_linear(
@@ -62,12 +62,9 @@ def lora_linear(
     Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; rsLoRA, Kalajdzievski 2023 (arXiv:2312.03732).
     """
     x, weight, bias = _autocast(x, weight, bias)
-    if dropout_p and seed is None:
-        seed = torch.randint(2**62, (1,), device=x.device)
-    elif isinstance(seed, int):
-        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
     args = weight_args("lora_linear", weight)
-    return torch.ops.peftrt.lora_linear(x, *args, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
+    drawn = as_seed(seed, x) if dropout_p else None
+    return torch.ops.peftrt.lora_linear(x, *args, lora_A, lora_B, scaling, bias, dropout_p, drawn)[0]
 
 
 def _autocast(
@@ -91,11 +88,7 @@ def _check(x: Tensor, *rest: Any) -> None:
     rank = lora_A.shape[0]
     fits = lora_B.dim() == 2 and tuple(lora_B.shape) == (args.n, rank)
     expect(fits, "lora_linear", "lora_B", f"[N, R] = [{args.n}, {rank}] beside lora_A of rank {rank}", lora_B)
-    expect(0.0 <= dropout_p < 1.0, "lora_linear", "dropout_p", "in [0, 1)", dropout_p)
-    if dropout_p:
-        good = seed is not None and seed.dtype == torch.int64 and seed.numel() == 1
-        expect(good, "lora_linear", "seed", "int64 [1] where dropout_p is not 0", seed)
-        check_device("lora_linear", "seed", seed, x)
+    check_seed("lora_linear", "dropout_p", dropout_p, seed, x)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -105,21 +98,28 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
-    if rest[1] is None:
-        return "has no kernel for a dense base"
-    return _native.unsupported(x, x.dtype)
+    if x.dtype not in FLOAT_DTYPES:
+        return f"has kernels for fp32, bf16 and fp16, not for {x.dtype}"
+    # a dense base is multiplied by torch; on a GPU nf4_linear chooses for itself
+    return _native.load() if rest[1] is not None and x.device.type == "cpu" else None
 
 
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The base by its kernel; the adapter, a small share of the work, is added to its result."""
     *weight, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
-    wide = dropout(x.float(), seed, dropout_p)
-    xa = wide @ lora_A.float().t()
-    y = torch.ops.peftrt.nf4_linear(x, *weight, bias)
+    xa = _drop(x.float(), seed, dropout_p) @ lora_A.float().t()
+    if weight[1] is None:
+        y = torch.nn.functional.linear(x, weight[0], bias)
+    else:
+        y = torch.ops.peftrt.nf4_linear(x, *weight, bias)
     if y.dtype == torch.float32:
         y.view(-1, y.shape[-1]).addmm_(xa.view(-1, xa.shape[-1]), lora_B.float().t(), alpha=scaling)
         return y, xa
     return torch.add(y.float(), xa @ lora_B.float().t(), alpha=scaling).to(x.dtype), xa
+
+
+def _drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    return torch.ops.peftrt.dropout(x, seed, p) if p else x
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -141,12 +141,11 @@ def _backward(ctx: Any, dy: Tensor, dxa: Tensor | None) -> tuple[Any, ...]:
         grad = grad + dxa.reshape(grad.shape)
     dx = dweight = dA = dB = dbias = None
     if needs[0]:
-        through = dropout((grad @ lora_A.to(wide)).view(x.shape), seed, ctx.dropout_p)
-        dx = _base_grad_input(dy, weight) + through.to(x.dtype)
+        dx = _grad_input(dy, weight, grad, lora_A, seed, ctx.dropout_p)
     if needs[1]:
         dweight = dy_rows.t() @ x.reshape(-1, ctx.k)
     if needs[8]:
-        dA = (grad.t() @ dropout(x.to(wide), seed, ctx.dropout_p).reshape(-1, ctx.k)).to(lora_A.dtype)
+        dA = (grad.t() @ _drop(x.to(wide), seed, ctx.dropout_p).reshape(-1, ctx.k)).to(lora_A.dtype)
     if needs[9]:
         dB = (ctx.scaling * (dy_wide.t() @ xa_rows)).to(lora_B.dtype)
     if needs[11]:
@@ -154,10 +153,16 @@ def _backward(ctx: Any, dy: Tensor, dxa: Tensor | None) -> tuple[Any, ...]:
     return (dx, dweight, None, None, None, None, None, None, dA, dB, None, dbias, None, None)
 
 
-def _base_grad_input(dy: Tensor, weight: tuple[Any, ...]) -> Tensor:
-    if weight[1] is None:
-        return dy @ weight[0]
-    return torch.ops.peftrt.nf4_linear_dx(dy, *weight)
+def _grad_input(
+    dy: Tensor, weight: tuple[Any, ...], grad: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float
+) -> Tensor:
+    """dX = dY W + drop'(G A), with G ``grad`` [M, R]."""
+    dx = dy @ weight[0] if weight[1] is None else torch.ops.peftrt.nf4_linear_dx(dy, *weight)
+    if not dropout_p and dx.dtype == grad.dtype:
+        rows = dx.reshape(-1, dx.shape[-1])
+        return torch.addmm(rows, grad, lora_A.to(grad.dtype)).view(dx.shape)
+    through = _drop((grad @ lora_A.to(grad.dtype)).view(dx.shape), seed, dropout_p)
+    return dx + through.to(dx.dtype)
 
 
 define(
@@ -166,7 +171,7 @@ define(
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu",)),
+        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda")),
         reference_backend(reference.forward),
     ),
     setup_context=_setup_context,

@@ -1,8 +1,9 @@
 """Dropout whose mask is a function of a seed and the element's position, so that no mask is stored.
 
-The same integers come out on every device and in every kernel: element (i, k) of x [M, K] has the 64-bit index
-``j = i K + k``, and is kept iff ``mix(mix(lo(j) ^ lo(seed)) ^ mix(hi(j)) ^ hi(seed)) >= p 2^32``, where ``lo`` and
-``hi`` are halves of 32 bits and ``mix`` is the 32-bit finaliser of MurmurHash3 (Appleby 2011).
+The same integers come out on every device and in every kernel: the element of flat index j, 64 bits, is kept iff
+``mix(mix(lo(j) ^ lo(seed)) ^ mix(hi(j)) ^ key) >= p 2^32`` with ``key = mix(mix(lo(seed) ^ 0x9E3779B9) ^ hi(seed))``,
+where ``lo`` and ``hi`` are halves of 32 bits and ``mix`` is the 32-bit finaliser of MurmurHash3 (Appleby 2011). The key
+has all of the seed in it: without, the mask of a neighbouring seed would be this one's with its elements exchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def _mix(word: Tensor) -> Tensor:
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """bool [rows, columns]: True with probability ``1 - p``. ``seed``: int64 [1], on the device of the mask."""
     index = torch.arange(rows * columns, device=seed.device, dtype=torch.int64)
-    word = _mix((index & _LOW) ^ (seed & _LOW)) ^ _mix(index >> 32) ^ ((seed >> 32) & _LOW)
+    low, high = seed & _LOW, (seed >> 32) & _LOW
+    word = _mix((index & _LOW) ^ low) ^ _mix(index >> 32) ^ _mix(_mix(low ^ 0x9E3779B9) ^ high)
     return (_mix(word) >= round(p * 2**32)).view(rows, columns)
 
 
@@ -34,5 +36,4 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     if p == 0.0:
         return x
     assert seed is not None
-    mask = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape)
-    return torch.where(mask, x / (1.0 - p), 0.0)
+    return torch.where(keep_mask(seed, x.numel(), 1, p).view(x.shape), x / (1.0 - p), 0.0)

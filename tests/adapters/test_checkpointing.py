@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftrt
-from peftrt.nn import replay
+from peftrt.nn import recompute
 from tests.adapters.tiny import NAMES, tokens, two_adapters
 from tests.tolerances import assert_same_bits
 
@@ -180,12 +180,12 @@ class TestCheckpointing:
                 assert_same_bits(got, want)
 
     def test_a_graph_older_than_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(replay, "MAX_SPANS", 4)
+        monkeypatch.setattr(recompute, "MAX_SPANS", 4)
         model = self.model()
         x = torch.randn(3, 8, requires_grad=True)
         with peftrt.rows(model, NAMES):
             old = self.run(model, x, "non-reentrant").sum()
-        for _ in range(replay.MAX_SPANS + 1):
+        for _ in range(recompute.MAX_SPANS + 1):
             with peftrt.rows(model, NAMES):
                 new = self.run(model, x, "non-reentrant").sum()
         new.backward()
@@ -198,7 +198,7 @@ class TestCheckpointing:
         def serve() -> None:
             with torch.no_grad(), peftrt.rows(model, NAMES):
                 model(torch.randn(3, 8))
-            kept.append(len(replay._local.spans.spans))
+            kept.append(len(recompute._local.spans.spans))
 
         kept: list[int] = []
         thread = threading.Thread(target=serve)
