@@ -1,0 +1,109 @@
+"""The references against loops over single elements: nothing but Python's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, NF4_CODEBOOK, NF4Weight, bytes_float, float_bytes, midpoints
+from peftrt.ops._weight import weight_args
+from peftrt.reference import lora_linear, multi_lora_linear, nf4, nf4_linear
+from tests.cases import FLOATS, randn
+from tests.cases import nf4 as make
+from tests.tolerances import assert_close, assert_same_bits
+
+
+def f32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float64).float().item()
+
+
+def decode(weight: NF4Weight) -> list[float]:
+    """Element by element: nibble, scale with its two roundings, product."""
+    codes, absmax = weight.codes.flatten().tolist(), weight.absmax.flatten()
+    values = []
+    for i in range(weight.numel):
+        nibble = codes[i // 2] >> 4 if i % 2 == 0 else codes[i // 2] & 15
+        block = i // weight.block_size
+        if weight.nested_absmax is None:
+            scale = bytes_float(absmax)[block].item()
+        else:
+            assert weight.nested_offset is not None
+            step = bytes_float(weight.nested_absmax)[block // 256].item()
+            product = f32(DYNAMIC_CODEBOOK[int(absmax[block])].item() * step)
+            scale = f32(product + bytes_float(weight.nested_offset).item())
+        values.append(f32(NF4_CODEBOOK[nibble].item() * scale))
+    return values
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(("n", "k"), [(4, 64), (7, 33), (1, 1), (3, 100)])
+def test_dequantize(n: int, k: int, nested: bool) -> None:
+    weight = make(n, k, block=32, nested=nested)
+    expected = torch.tensor(decode(weight), dtype=torch.float64).view(n, k)
+    args = (*weight_args("test", weight)[:4], (n, k), 32)
+    for dtype in (*FLOATS, torch.float64):
+        assert_same_bits(nf4.dequantize(*args, dtype), expected.to(dtype))
+
+
+def test_quantize_takes_the_nearest_level_and_the_lower_of_a_tie() -> None:
+    ties = midpoints(NF4_CODEBOOK).tolist()
+    values = [*ties, 1.0, -1.0, *NF4_CODEBOOK.tolist()]
+    above = [torch.nextafter(torch.tensor(t), torch.tensor(2.0)).item() for t in ties]
+    flat = torch.tensor([*values, *above])
+    codes, absmax, *_ = nf4.quantize(flat, 64, False)
+    levels = torch.stack([codes >> 4, codes & 15], 1).flatten()[: flat.numel()].tolist()
+    assert bytes_float(absmax).item() == 1.0
+    assert levels == [*range(15), 15, 0, *range(16), *range(1, 16)]
+
+
+def test_quantised_error_is_at_most_half_a_gap() -> None:
+    weight = randn(64, 64)
+    packed = NF4Weight.quantize(weight, 64, double_quant=False)
+    error = (packed.dequantize() - weight).abs()
+    gap = (NF4_CODEBOOK[1:] - NF4_CODEBOOK[:-1]).max() / 2
+    assert (error <= gap * weight.abs().amax(1, keepdim=True) * (1 + 1e-6)).all()
+
+
+def test_padding_nibble_of_an_odd_count_is_the_level_of_zero() -> None:
+    codes, *_ = nf4.quantize(torch.ones(3), 32, False)
+    assert codes.tolist() == [0xFF, 0xF7]
+
+
+def test_float_bytes_round_trip_of_any_alignment() -> None:
+    values = randn(5)
+    raw = float_bytes(values)
+    room = torch.empty(23, dtype=torch.uint8)
+    for start in range(4):
+        room[start : start + 20] = raw
+        assert_same_bits(bytes_float(room[start : start + 20]), values)
+    assert_same_bits(bytes_float(torch.stack([raw, raw], 1)[:, 0]), values)
+
+
+def test_nf4_linear_and_its_gradient_element_by_element() -> None:
+    n, k, m = 3, 33, 2
+    weight, x, dy, b = make(n, k), randn(m, k), randn(m, n), randn(n)
+    W = torch.tensor(decode(weight), dtype=torch.float64).view(n, k).tolist()
+    X, DY, b64 = x.double().tolist(), dy.double().tolist(), b.double().tolist()
+    y = [[sum(X[i][c] * W[o][c] for c in range(k)) + b64[o] for o in range(n)] for i in range(m)]
+    dx = [[sum(DY[i][o] * W[o][c] for o in range(n)) for c in range(k)] for i in range(m)]
+    args = weight_args("test", weight)
+    assert_close(nf4_linear.forward(x, *args, b), torch.tensor(y, dtype=torch.float64))
+    assert_close(nf4_linear.grad_input(dy, *args), torch.tensor(dx, dtype=torch.float64))
+
+
+def test_lora_linear_and_multi_lora_linear_element_by_element() -> None:
+    n, k, m, r, s = 3, 5, 4, 2, 0.75
+    weight, x, A, B = (randn(*shape, seed=i) for i, shape in enumerate(((n, k), (m, k), (r, k), (n, r))))
+    W, X, a, b = (t.double().tolist() for t in (weight, x, A, B))
+    plain = [[sum(X[i][c] * W[o][c] for c in range(k)) for o in range(n)] for i in range(m)]
+    low = [[sum(X[i][c] * a[j][c] for c in range(k)) for j in range(r)] for i in range(m)]
+    full = [[plain[i][o] + s * sum(low[i][j] * b[o][j] for j in range(r)) for o in range(n)] for i in range(m)]
+    args = weight_args("test", weight)
+    y, xa = lora_linear.forward(x, *args, A, B, s, None, 0.0, None)
+    assert_close(y, torch.tensor(full, dtype=torch.float64))
+    assert_close(xa, torch.tensor(low, dtype=torch.float64))
+
+    ids = torch.tensor([0, -1, 0, -1], dtype=torch.int32)
+    table = (A, B.t().contiguous(), torch.tensor([r]), torch.tensor([0]), torch.tensor([s]), ids)
+    mixed = [full[i] if i % 2 == 0 else plain[i] for i in range(m)]
+    assert_close(multi_lora_linear.forward(x, *args, *table, None), torch.tensor(mixed, dtype=torch.float64))
