@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,12 +51,15 @@ class Choice:
         return f"{self.op}: {chosen}" + (f" (not {against})" if against else "")
 
 
+@functools.lru_cache(maxsize=8)
 def _parse(setting: str) -> dict[str, str]:
     """``"reference"`` or ``"nf4_linear=native,lora_linear=reference"``, as the environment variable holds it."""
     wishes = {}
     for part in filter(None, (part.strip() for part in setting.split(","))):
         op, _, name = part.rpartition("=")
         _check_name(name, "PEFTRT_BACKEND")
+        if op:
+            _check_op(op, "PEFTRT_BACKEND")
         wishes[op or _EVERY_OP] = name
     return wishes
 
@@ -63,6 +67,14 @@ def _parse(setting: str) -> dict[str, str]:
 def _check_name(name: str, source: str) -> None:
     if name not in NAMES:
         raise ValueError(f"{source}: backend must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _check_op(op: str, source: str) -> None:
+    from peftrt.ops._define import OPS  # the catalogue is complete only once every operation is defined
+
+    known = sorted({name.partition(".")[0] for name in OPS})
+    if op not in known:
+        raise ValueError(f"{source}: no operation is called {op!r}; there are {', '.join(known)}")
 
 
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("peftrt_forced_backend", default=None)
@@ -99,23 +111,23 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
         ValueError: an unknown backend or operation. (A forced backend that cannot run a call raises
             :class:`BackendError` when it is called, with the reason of each backend.)
     """
-    from peftrt.ops._define import OPS  # the catalogue is complete only once every operation is defined
-
     for op, wish in by_op.items():
         _check_name(wish, f"backend({op}=...)")
-        if op not in OPS:
-            raise ValueError(f"backend: no operation is called {op!r}; there are {', '.join(sorted(OPS))}")
+        _check_op(op, "backend")
     if name is not None:
         _check_name(name, "backend")
-        by_op = {_EVERY_OP: name, **by_op}
-    with forced({**wishes(), **by_op}):
-        yield
+        with forced({_EVERY_OP: name, **by_op}):  # for all: wishes from outside for single operations end here
+            yield
+    else:
+        with forced({**wishes(), **by_op}):
+            yield
 
 
 def choose(op: str, backends: tuple[Backend, ...], device: str, args: tuple[Any, ...]) -> Choice:
     """The first backend that takes the call; where one is forced, that one or none."""
     mapping = wishes()
-    wish = (mapping.get(op) or mapping.get(_EVERY_OP)) if mapping else None
+    # a variant such as nf4_dequantize.out is the same operation
+    wish = (mapping.get(op.partition(".")[0]) or mapping.get(_EVERY_OP)) if mapping else None
     reasons: dict[str, str] = {}
     for candidate in backends:
         if wish is None and device not in candidate.devices:
