@@ -29,7 +29,7 @@ build: | $(VENV)/.torch
 	$(BIN)/python -m peftrt build
 
 bench: $(VENV)/.test build
-	$(BIN)/python -m bench
+	$(BIN)/python -m pytest --benchmark
 
 # The whole of what `make test` takes samples of: every Triton kernel for every target, and long runs over random shapes.
 compile-all: $(VENV)/.test
