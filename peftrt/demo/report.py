@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from peftrt.demo.results import Result
+from peftrt.demo.results import Result, Score
 from peftrt.finetune.plots import draw_losses, figure, save_figure
 from peftrt.finetune.progress import human_bytes, human_time
 
@@ -13,31 +14,39 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JSON, PLOT = "demo.json", "demo.png"
+_TEXT = 26  # characters of a docstring that the table shows
 
 
 def print_result(out: Console, result: Result, directory: Path) -> None:
     """The figures, for people."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"accuracy (macro-F1) on {result.held_out_examples} held-out docstrings")
-    for column in ("task", "most frequent", "linear probe", "4-bit + LoRA", "trained", "on disk", "reloaded"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    rows = {
+        "classes": lambda task: str(len(task.classes)),
+        "always the most frequent": lambda task: _score(task.majority),
+        "linear probe, frozen encoder": lambda task: _score(task.probe),
+        "4-bit encoder + LoRA": lambda task: f"[bold]{_score(task.adapted)}[/]",
+        "parameters trained": lambda task: f"{task.trained_parameters:,}",
+        "adapter and head on disk": lambda task: human_bytes(task.adapter_bytes),
+        "training, one epoch": lambda task: human_time(sum(step.seconds for step in task.history)),
+        "loaded by another process": lambda task: _difference(result.reload_difference[task.name]),
+    }
+    table = Table(f"{result.held_out_examples} held-out docstrings: accuracy (macro-F1)")
     for task in result.tasks:
-        scores = (task.majority, task.probe, task.adapted)
-        table.add_row(
-            f"{task.name}: {task.question}",
-            *(f"{score.accuracy:.3f} ({score.macro_f1:.3f})" for score in scores),
-            f"{task.trained_parameters:,}",
-            human_bytes(task.adapter_bytes),
-            _difference(result.reload_difference[task.name]),
-        )
+        table.add_column(task.question, justify="right")
+    for title, cell in rows.items():
+        table.add_row(title, *(cell(task) for task in result.tasks))
     out.print(table)
-    rows = Table(title="one batch, an adapter a row")
-    for column in ("docstring", "tenant", "answer", "against alone"):
-        rows.add_column(column, overflow="ellipsis", no_wrap=True)
+    served = Table("one batch, an adapter a row", "tenant", "answer", "against alone")
     for row in result.served:
-        rows.add_row(row.text, row.tenant or "-", row.answer, _difference(row.difference))
-    out.print(rows)
+        served.add_row(
+            escape(shorten(row.text, _TEXT, placeholder=" ...")),
+            row.tenant or "-",
+            row.answer,
+            _difference(row.difference),
+        )
+    out.print(served)
     out.print(
         f"{human_time(result.seconds)} on {result.threads} threads, peak {human_bytes(result.peak_memory_bytes)}; "
         f"{directory / PLOT}, {directory / JSON}",
@@ -67,6 +76,10 @@ def draw(directory: Path, result: Result) -> None:
     right.set_title("the same docstrings, held out")
     right.legend(fontsize=8, loc="upper right", ncols=3)
     save_figure(drawing, directory / PLOT)
+
+
+def _score(score: Score) -> str:
+    return f"{score.accuracy:.3f} ({score.macro_f1:.3f})"
 
 
 def _difference(value: float) -> str:

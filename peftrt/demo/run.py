@@ -28,7 +28,7 @@ from peftrt.finetune.examples import Examples
 from peftrt.finetune.progress import console, peak_memory
 from peftrt.finetune.tasks import evaluating
 
-QUESTIONS = {"package": "which package is it from?", "kind": "what does it document?"}
+QUESTIONS = {"package": "which package?", "kind": "what is documented?"}
 FEWEST = 100  # docstrings that there is something to learn from
 ROWS = 9  # of the mixed batch
 
@@ -65,7 +65,9 @@ def demo(out: Path, docstrings: Sequence[Docstring] | None = None) -> Result:
             examples = Examples.of(ids, labels, pad_id)
             torch.manual_seed(0)
             tenants[name] = tenant = Tenant(name, encoder, classes)
-            terminal.print(str(tenant.adapt()))
+            report = tenant.adapt()
+            if len(tenants) == 1:
+                terminal.print(str(report), soft_wrap=True)
             history = tenant.train(examples.select(np.flatnonzero(~held_out)))
             predicted = tenant.predict(examples.select(np.flatnonzero(held_out)))
             tenant.save(directory / name)

@@ -40,8 +40,8 @@ def serve_mixed(
             alone = embed(encoder, examples.batch(rows[i : i + 1]))[0]
         answer, expected = (_answer(tenants.get(name or ""), vector) for vector in (together[i], alone))
         difference = float((answer - expected).abs().max())
-        label = tenants[name].classes[int(answer.argmax())] if name else f"embedding, |e| = {float(answer.norm()):.3f}"
-        served.append(ServedRow(" ".join(texts[row].split())[:60], name, label, difference))
+        label = tenants[name].classes[int(answer.argmax())] if name else "its embedding"
+        served.append(ServedRow(texts[row], name, label, difference))
     return served
 
 

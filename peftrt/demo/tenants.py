@@ -39,7 +39,7 @@ class Tenant:
     def adapt(self) -> object:
         """Put the tenant's adapter on every linear layer of the encoder, whose weights become NF4 the first time."""
         config = peftrt.LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
+            r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
         )
         return peftrt.adapt(self.encoder, config, name=self.name, quantize="nf4")
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Read when transformers is imported: without it, a model that is not there is searched for on the net, for a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -19,12 +22,6 @@ pytest.importorskip("matplotlib")
 from tests.cli.tiny import make_tokenizer, sentence, write_jsonl  # noqa: E402 - only where it can be imported
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_network() -> None:
-    """transformers and its hub read these when they are imported; what is asked of them here is never on the net."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import peftrt
 from peftrt.demo.docstrings import Docstring, most_frequent, read_docstrings
 from peftrt.demo.probe import fit_probe
 from peftrt.demo.run import demo, index
@@ -146,9 +145,9 @@ def test_the_whole_demo_on_a_few_docstrings(
     tmp_path: Path, own: list[Docstring], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    short = [docstring for docstring in own if len(docstring.text) < 60]
+    short = [docstring for docstring in own if len(docstring.text) < 45]
     out = tmp_path / "out"
-    result = demo(out, most_frequent(short, 3)[:160])
+    result = demo(out, most_frequent(short, 3)[:120])
     assert [task.name for task in result.tasks] == ["package", "kind"]
     for task in result.tasks:
         assert len(task.history) == -(-result.train_examples // 8)
@@ -182,5 +181,5 @@ def test_a_tenants_directory_loads_in_hf_peft(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             path = name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".lora_A@mine")
-            assert torch.equal(parameter, ours[path]), name
-    assert peftrt.active(tenant.encoder) == {"mine": 1.0}
+            assert torch.equal(parameter, ours.pop(path)), name
+    assert not [name for name in ours if "lora_A" in name], "peft took fewer than there are"
