@@ -1,6 +1,7 @@
 // out[j] = keep(j) ? x[j] / (1 - p) : 0 over the flat tensor, with keep a function of the seed and j alone.
 //
-//   keep(j) = mix(mix(lo(j) ^ lo(seed)) ^ mix(hi(j)) ^ key) >= p * 2^32, key = mix(mix(lo(seed) ^ 0x9e3779b9) ^ hi(seed))
+//   keep(j) = mix(mix(lo(j) ^ lo(seed)) ^ mix(hi(j)) ^ key) >= p * 2^32, key = mix(mix(lo(seed) ^ 0x9e3779b9) ^
+//   hi(seed))
 //
 // mix is the finaliser of MurmurHash3; lo and hi are halves of 32 bits. No mask is stored, the backward computes it
 // again.

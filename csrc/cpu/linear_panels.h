@@ -74,6 +74,16 @@ inline void multiply_tile(const Tile& tile, int64_t rows, int64_t depth, const f
   }
 }
 
+// Asks for the codes that the panel after this one will decode: of the same row, or of a row of the next chunk. Rows
+// are read a piece at a time, which no prefetcher follows; cold, it saves a tenth at M = 16.
+inline void fetch_next_panel(const Weight& w, int64_t row, int64_t k, int64_t next_row) {
+  const bool last = k + kDepth >= w.k;
+  if (last && next_row >= w.n) return;
+  const uint8_t* codes = w.codes + (last ? next_row * w.k : row * w.k + k + kDepth) / 2;
+  __builtin_prefetch(codes);
+  __builtin_prefetch(codes + 64);
+}
+
 template <class T>
 void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bias, T* out, const Parallel& parallel) {
   const int64_t tiles = ceil_div(m, 16);
@@ -89,9 +99,7 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
         const int64_t depth = min64(kDepth, w.k - k);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t start = (n0 + i) * w.k + k;
-          // The next panel's codes of this row: rows are read a piece at a time, which no prefetcher follows.
-          if (k + kDepth < w.k)
-            __builtin_prefetch(w.codes + (start + kDepth) / 2), __builtin_prefetch(w.codes + (start + kDepth) / 2 + 64);
+          fetch_next_panel(w, n0 + i, k, n0 + i + chunk);
           decode_span<T>(w, start, depth, units.get() + (start / kGroup * 2 - range.first),
                          weights.get() + i * kDepthStride);
         }

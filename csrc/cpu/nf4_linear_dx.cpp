@@ -39,7 +39,7 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
     const int shift = __builtin_ctz(unsigned(w.block_size));
     for (int64_t p = 0; p < depth; ++p) {
       // One line of codes and one of scales a row, a whole row apart: no prefetcher follows that.
-      const int64_t ahead = (n0 + (p + kAhead < depth ? p + kAhead : p)) * w.k + k0;
+      const int64_t ahead = min64(n0 + p + kAhead, w.n - 1) * w.k + k0;
       __builtin_prefetch(w.codes + ahead / 2);
       __builtin_prefetch(w.absmax + (ahead >> shift));
       for (int64_t column = 0; column < width; column += kGroup) {
@@ -86,8 +86,10 @@ void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Sca
 
 // sums[g][m][64] += one row of W times its factors.
 template <class T, int M>
-void add_row(const uint8_t* codes, const float* units, const float* factor, int64_t groups, float* sums) {
+void add_row(const uint8_t* codes, const float* units, const float* factor, int64_t groups, int64_t ahead,
+             float* sums) {
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, sums += M * kGroup) {
+    __builtin_prefetch(codes + ahead);
     const F scale = set_halves(units[0], units[1]);
     F scaled[M];
 #pragma GCC unroll 4
@@ -124,7 +126,8 @@ void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
         decoder.decode(start * 2, count * 2, units);
         float factor[M];
         for (int m = 0; m < M; ++m) factor[m] = load_one(dy + m * w.n + n);
-        add_row<T, M>(w.codes + start * (kGroup / 2), units, factor, count, sums);
+        const int64_t ahead = n + 2 < w.n ? w.k : 0;  // bytes: two rows on
+        add_row<T, M>(w.codes + start * (kGroup / 2), units, factor, count, ahead, sums);
         // Sums of 256, then the sum of those: one chain over all of N would lose accuracy.
         if (n % kDepth == kDepth - 1 || n == w.n - 1)
           for (int64_t i = 0; i < lanes; i += 8) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
