@@ -51,6 +51,14 @@ class Choice:
         return f"{self.op}: {chosen}" + (f" (not {against})" if against else "")
 
 
+_operations: set[str] = set()
+
+
+def announce(op: str) -> None:
+    """Make an operation's name known, so that a backend can be wished for it; a variant follows its operation."""
+    _operations.add(op.partition(".")[0])
+
+
 @functools.lru_cache(maxsize=8)
 def _parse(setting: str) -> dict[str, str]:
     """``"reference"`` or ``"nf4_linear=native,lora_linear=reference"``, as the environment variable holds it."""
@@ -70,11 +78,8 @@ def _check_name(name: str, source: str) -> None:
 
 
 def _check_op(op: str, source: str) -> None:
-    from peftrt.ops._define import OPS  # the catalogue is complete only once every operation is defined
-
-    known = sorted({name.partition(".")[0] for name in OPS})
-    if op not in known:
-        raise ValueError(f"{source}: no operation is called {op!r}; there are {', '.join(known)}")
+    if op not in _operations:
+        raise ValueError(f"{source}: no operation is called {op!r}; there are {', '.join(sorted(_operations))}")
 
 
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("peftrt_forced_backend", default=None)

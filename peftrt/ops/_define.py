@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftrt.ops._backend import Backend, BackendError, Choice, choose, forced, wishes
+from peftrt.ops._backend import Backend, BackendError, Choice, announce, choose, forced, wishes
 
 NAMESPACE = "peftrt"
 DEVICES = {"CPU": "cpu", "CUDA": "cuda"}
@@ -61,6 +61,7 @@ def define(
     """
     name = schema.partition("(")[0]
     op = OPS[name] = Op(name, check, backends)
+    announce(name)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def checked_fake(*args: Any) -> Any:
