@@ -24,7 +24,23 @@ _KINDS = (
 )
 
 
-class RegularFile:
+class Closing:
+    """A context manager that closes what it opened."""
+
+    def close(self) -> None:
+        """Give back what is held; a second time does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RegularFile(Closing):
     """A regular file opened once for reading: every byte comes from this descriptor, so a rename never mixes two files.
 
     Nothing is mapped into memory: a file cut short while it is read is an error and not a signal.
@@ -81,14 +97,6 @@ class RegularFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

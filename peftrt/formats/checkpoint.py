@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from peftrt.formats._files import RegularFile
+from peftrt.formats._files import Closing, RegularFile
 from peftrt.formats._header import TensorEntry
 from peftrt.formats._json import loads_strict
 from peftrt.formats.errors import FormatError, MissingFileError, UnsafeFileError
@@ -26,7 +25,7 @@ _MAX_SHARDS = 4096
 _MAX_INDEX_BYTES = 64 << 20
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """The tensors of a model on disk, by name; at most one shard is open and one tensor in memory at a time.
 
     Every shard's header is checked when the checkpoint is opened. A shard that is replaced later is an error at the
@@ -93,14 +92,6 @@ class Checkpoint:
         if self._open is not None:
             self._open.close()
             self._open = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_checkpoint(

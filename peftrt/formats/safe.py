@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from peftrt.formats._files import RegularFile, commit, stage
+from peftrt.formats._files import Closing, RegularFile, commit, stage
 from peftrt.formats._header import CONVERT_HINT, DTYPES, LENGTH_BYTES, TensorEntry, header_length, parse_header
 from peftrt.formats.errors import FormatError, NonFiniteError, UnsafeFileError
 
@@ -28,7 +26,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CHECK_CHUNK = 1 << 22
 
 
-class TensorReader:
+class TensorReader(Closing):
     """An open safetensors file: its header checked, its tensors read one at a time.
 
     Args:
@@ -97,14 +95,6 @@ class TensorReader:
 
     def close(self) -> None:
         self.file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_tensors(
