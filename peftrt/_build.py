@@ -164,7 +164,7 @@ def plan(mode: str = "auto", csrc: Path | None = None) -> Plan:
     if missing:
         hint = "; `python -m peftrt build` compiles later. Until then the slower reference in torch runs"
         return Plan((), missing + hint)
-    return Plan(("cpu",), "", csrc, torch, compiler)
+    return Plan(("cpu",), "", csrc, torch, compiler or ())
 
 
 def _check_cuda(csrc: Path | None) -> None:
