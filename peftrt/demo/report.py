@@ -56,7 +56,7 @@ def print_result(out: Console, result: Result, directory: Path) -> None:
 
 def draw(directory: Path, result: Result) -> None:
     """The losses of both tenants beside the comparison."""
-    drawing, (left, right) = figure(11, 4, columns=2)
+    drawing, (left, right) = figure(12, 4, columns=2)
     for task in result.tasks:
         draw_losses(left, task.history, label=task.name)
     left.set_title("training, one epoch a tenant")
@@ -74,7 +74,7 @@ def draw(directory: Path, result: Result) -> None:
     right.set_ylim(0, 1.15)
     right.set_ylabel("held-out accuracy")
     right.set_title("the same docstrings, held out")
-    right.legend(fontsize=8, loc="upper right", ncols=3)
+    right.legend(fontsize=7, loc="upper right", ncols=3)
     save_figure(drawing, directory / PLOT)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -44,7 +45,11 @@ class Tenant:
         return peftrt.adapt(self.encoder, config, name=self.name, quantize="nf4")
 
     def logits(self, batch: Batch) -> Tensor:
-        return self.head(embed(self.encoder, batch))
+        return self.answer(embed(self.encoder, batch))
+
+    def answer(self, embeddings: Tensor) -> Tensor:
+        """``[B, K]`` to logits ``[B, classes]``; normalised, so that the head learns as fast as the adapter does."""
+        return self.head(F.layer_norm(embeddings, embeddings.shape[-1:]))
 
     def train(self, examples: Examples) -> list[Step]:
         """One epoch."""

@@ -16,7 +16,7 @@ import peftrt
 from peftrt.finetune import checkpoint, models
 from peftrt.finetune.checkpoint import CHECKPOINT, RUN, Interrupts, write_json
 from peftrt.finetune.datasets import Dataset, load_dataset
-from peftrt.finetune.errors import Interrupted, UserError
+from peftrt.finetune.errors import Interrupted, RunError, UserError
 from peftrt.finetune.examples import Batch
 from peftrt.finetune.plots import plot_run
 from peftrt.finetune.progress import Progress, console, human_bytes, human_time, peak_memory
@@ -176,6 +176,9 @@ def finetune(given: dict[str, Any], *, resume: bool = False, overwrite: bool = F
         if begun:
             raise Interrupted("stopped at once; the last checkpoint stands", _resume_command(directory)) from None
         raise Interrupted("stopped before training began: nothing was written") from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        hint = "a smaller --batch-size with --grad-accum, a smaller --max-length or --gradient-checkpointing needs less"
+        raise RunError(f"out of memory: {hint}") from error
 
 
 def _describe(run: Run) -> None:
