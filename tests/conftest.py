@@ -18,15 +18,22 @@ import numpy as np
 import pytest
 import torch
 
-# "ci" draws the same bounded examples on every run; `HYPOTHESIS_PROFILE=fuzz` draws many fresh ones.
+# "ci" draws the same bounded examples on every run, "fuzz" many fresh ones.
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
 
 SEED = 20250801
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", action="store_true", help="Long runs over fresh random shapes and sequences of calls.")
+    parser.addoption(
+        "--fuzz-seed", type=int, metavar="SEED", help="Repeat the run of tests/test_fuzz.py with this seed."
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("fuzz" if config.getoption("--fuzz") else "ci")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; left out where there is none")
 
 
@@ -59,6 +66,14 @@ def default_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     assert torch.get_default_dtype() == dtype, "the test left another default dtype"
     assert torch.is_grad_enabled() == grad, "the test left gradients switched"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The fixture ``walk_seed``: 30 fixed seeds; with --fuzz 3000 fresh ones; with --fuzz-seed that one."""
+    if "walk_seed" in metafunc.fixturenames:
+        one, many = metafunc.config.getoption("--fuzz-seed"), metafunc.config.getoption("--fuzz")
+        first = random.SystemRandom().randrange(2**31) if many else 0
+        metafunc.parametrize("walk_seed", [one] if one is not None else range(first, first + (3000 if many else 30)))
 
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
