@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -184,24 +185,38 @@ class Config:
 
 
 MANY = 1 << 62
-# For whole chunks, by device, pass and bytes of an element. Chosen by compiled code alone: instructions a weight, no
-# spills, shared memory under 99 KB (64 KB on AMD). Not measured on a device. At least 64 weights a thread, so that each
-# scale of a tile is decoded once; BM under 64 for fp32, so that mma.sync is chosen and not wgmma from registers.
+# For whole chunks, by architecture (sm_90 and up, sm_8x, AMD), pass and bytes of an element. Chosen by compiled code
+# alone: instructions a weight, no spills, shared memory under 99 KB (64 KB on AMD). Not measured on a device. At
+# least 64 weights a thread, so that each scale of a tile is decoded once; BM under 64 for fp32, so that mma.sync is
+# chosen and not wgmma from registers.
 CONFIGS: dict[tuple[str, str, int], tuple[Config, ...]] = {
-    ("cuda", "forward", 2): (
+    ("sm_90", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=4, split=True),
         Config(64, 64, 128, 64, warps=4, stages=3, split=True),
         Config(256, 128, 128, 64, warps=4, stages=3, split=True),
         Config(MANY, 128, 256, 64, warps=8, stages=3),
     ),
-    ("cuda", "dx", 2): (
+    ("sm_90", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=4, split=True),
         Config(64, 64, 64, 128, warps=4, stages=4, split=True),
         Config(256, 128, 64, 128, warps=4, stages=3, split=True),
         Config(MANY, 128, 64, 256, warps=8, stages=3),
     ),
-    ("cuda", "forward", 4): (Config(MANY, 32, 128, 64, warps=8, stages=2),),
-    ("cuda", "dx", 4): (Config(MANY, 32, 64, 128, warps=8, stages=2),),
+    ("sm_90", "forward", 4): (Config(MANY, 32, 128, 64, warps=8, stages=2),),
+    ("sm_90", "dx", 4): (Config(MANY, 32, 64, 128, warps=8, stages=2),),
+    # mma.sync takes both operands from registers: larger tiles spill
+    ("sm_80", "forward", 2): (
+        Config(16, 16, 128, 64, warps=4, stages=4, split=True),
+        Config(64, 64, 128, 64, warps=4, stages=3, split=True),
+        Config(MANY, 64, 128, 64, warps=4, stages=3),
+    ),
+    ("sm_80", "dx", 2): (
+        Config(16, 16, 64, 128, warps=4, stages=4, split=True),
+        Config(64, 64, 64, 128, warps=4, stages=4, split=True),
+        Config(MANY, 64, 64, 128, warps=4, stages=4),
+    ),
+    ("sm_80", "forward", 4): (Config(MANY, 32, 128, 64, warps=8, stages=2),),
+    ("sm_80", "dx", 4): (Config(MANY, 32, 64, 128, warps=8, stages=2),),
     ("hip", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=2, split=True),
         Config(MANY, 128, 128, 64, warps=4, stages=2),
@@ -219,16 +234,24 @@ STRADDLING_CONFIGS: dict[int, tuple[Config, ...]] = {
     4: (Config(MANY, 32, 64, 64, warps=8, stages=1),),
 }
 # Products of fp32: three of TF32 on NVIDIA's tensor cores (errors near 1e-6), plain fp32 on AMD and in the interpreter.
-PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+PRECISION = {"sm_90": "tf32x3", "sm_80": "tf32x3", "hip": "ieee"}
 LEAST_STEPS = 4
 SUM_SIZE = 1024
 
 
-def configs(device: str, dx: bool, itemsize: int, align: int) -> tuple[Config, ...]:
-    """The configurations of a kernel by rows; ``device`` is "cuda" or "hip", ``align`` what `alignment` says."""
+def configs(architecture: str, dx: bool, itemsize: int, align: int) -> tuple[Config, ...]:
+    """The configurations of a kernel by rows; ``align`` is what `alignment` says."""
     if align != CHUNKS.value:
         return STRADDLING_CONFIGS[itemsize]
-    return CONFIGS[device, "dx" if dx else "forward", itemsize]
+    return CONFIGS[architecture, "dx" if dx else "forward", itemsize]
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """The part of the table for a device; the interpreter takes the largest."""
+    if torch.version.hip:
+        return "hip"
+    return "sm_80" if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0) else "sm_90"
 
 
 def nf4_linear(
@@ -284,9 +307,9 @@ def _launch(
         return
     M = x.shape[0]
     N, K = (x.shape[1], out.shape[1]) if dx else (out.shape[1], x.shape[1])
-    device = "hip" if torch.version.hip else "cuda"
+    architecture = architecture_of(x.device)
     align = alignment(K, block_size)
-    config = next(c for c in configs(device, dx, x.element_size(), align) if c.rows >= M)
+    config = next(c for c in configs(architecture, dx, x.element_size(), align) if c.rows >= M)
     tiles = triton.cdiv(K, config.BK) if dx else triton.cdiv(N, config.BN)
     total = triton.cdiv(N, config.BN) if dx else triton.cdiv(K, config.BK)
     steps = _steps(config, tiles, total, x.device)
@@ -296,7 +319,7 @@ def _launch(
     scales = (absmax, nested_absmax, nested_offset) if nested else (absmax, absmax, absmax)
     constants = {"BLOCK": block_size, "ALIGNMENT": align, "NESTED": nested, "SPLIT": splits > 1}
     constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK}
-    constants["PRECISION"] = PRECISION[device] if x.is_cuda else "ieee"
+    constants["PRECISION"] = PRECISION[architecture] if x.is_cuda else "ieee"
     constants |= {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
     grid = (triton.cdiv(M, config.BM) * tiles, splits)
     with on_device(x):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# The part of the configurations that a target takes.
+ARCHITECTURE = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_90", "gfx942": "hip"}
 # Bytes of shared memory a program may have; sm_80's code also serves sm_86 and sm_89, which have less than it.
 SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SPILL_FREE = ("sm_90",)
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Odd sizes and addresses off 16 bytes make Triton compile another program than round ones.
 ALIGNED = [["tt.divisibility", 16]]
@@ -86,11 +90,11 @@ def dequantize_variants(target: str) -> Iterator[Variant]:
 
 
 def linear_variants(target: str) -> Iterator[Variant]:
-    device = TARGETS[target].backend
+    architecture = ARCHITECTURE[target]
     for dtype, itemsize in DTYPES.items():
         for dx in (False, True):
             for align, block in ((CHUNKS, 64), (CHUNKS, 256), (STRADDLING, 64), (STRADDLING, 32), (ODD, 64), (ODD, 32)):
-                for config in nf4_linear.configs(device, dx, itemsize, align.value):
+                for config in nf4_linear.configs(architecture, dx, itemsize, align.value):
                     for nested in (True, False):
                         for split in (False, True) if config.split else (False,):
                             yield _linear(target, dtype, dx, align.value, block, config, nested, split)
@@ -104,7 +108,7 @@ def _linear(
     types |= dict.fromkeys(("M", "N", "K", "row_bytes", "steps"), "i32")
     constants = {"BLOCK": block, "ALIGNMENT": align, "NESTED": nested, "SPLIT": split}
     constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK}
-    constants["PRECISION"] = nf4_linear.PRECISION[TARGETS[target].backend]
+    constants["PRECISION"] = nf4_linear.PRECISION[ARCHITECTURE[target]]
     if not dx:
         constants["BIAS"] = not split
     kernel = nf4_linear.nf4_linear_dx_kernel if dx else nf4_linear.nf4_linear_kernel
@@ -138,8 +142,13 @@ def _nvidia_faults(variant: Variant, code: Any) -> list[str]:
         found += _rounding_faults(variant, ptx)
     if variant.tensor_cores and not any(name in ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")):
         found.append("no tensor-core instruction")
-    if variant.target == "sm_90":
-        found += _hopper_faults(variant, code)
+    lines = sass.disassemble(code.asm["cubin"])
+    if variant.target in SPILL_FREE and (spills := sass.count(lines, "STL", "LDL")):
+        found.append(f"{spills} instructions spill registers")
+    if sass.count(lines, "FFMA"):
+        found.append("FFMA: a product and a sum are contracted")
+    if variant.target == "sm_90" and variant.tensor_cores:
+        found += _hopper_faults(variant, code, lines)
     return found
 
 
@@ -149,24 +158,17 @@ def _rounding_faults(variant: Variant, ptx: str) -> list[str]:
     return found + ([f"no {wanted}"] if wanted is not None and wanted not in ptx else [])
 
 
-def _hopper_faults(variant: Variant, code: Any) -> list[str]:
-    lines = sass.disassemble(code.asm["cubin"])
-    found = []
-    if spills := sass.count(lines, "STL", "LDL"):
-        found.append(f"{spills} instructions spill registers")
-    if sass.count(lines, "FFMA"):
-        found.append("FFMA: a product and a sum are contracted")
-    if variant.tensor_cores:
-        wide = variant.constants["BM"] >= 64
-        if not sass.count(lines, "HGMMA" if wide else "HMMA"):
-            found.append(f"no {'HGMMA' if wide else 'HMMA'}")
-        if wide:
-            found += sass.races(lines) + sass.serialised(code.asm["ptx"])
-    return found
+def _hopper_faults(variant: Variant, code: Any, lines: list[sass.Line]) -> list[str]:
+    if variant.constants["BM"] < 64:
+        return [] if sass.count(lines, "HMMA") else ["no HMMA"]
+    found = [] if sass.count(lines, "HGMMA") else ["no HGMMA"]
+    return found + sass.races(lines) + sass.serialised(code.asm["ptx"])
 
 
 def _amd_faults(variant: Variant, code: Any) -> list[str]:
     assembly, found = code.asm["amdgcn"], []
+    if re.search(r"\.vgpr_spill_count:\s+[1-9]", assembly):
+        found.append("registers spill")
     if variant.tensor_cores and "v_mfma" not in assembly:
         found.append("no v_mfma")
     if not variant.tensor_cores and any(

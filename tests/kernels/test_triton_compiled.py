@@ -35,10 +35,10 @@ def test_every_configuration_is_among_the_variants() -> None:
             for v in compiled.variants(target)
             if v.tensor_cores
         }
-        device = compiled.TARGETS[target].backend
+        architecture = compiled.ARCHITECTURE[target]
         for (owner, direction, itemsize), configs in nf4_linear.CONFIGS.items():
             kernel = nf4_linear.nf4_linear_dx_kernel if direction == "dx" else nf4_linear.nf4_linear_kernel
-            for dtype in (d for d, size in compiled.DTYPES.items() if size == itemsize and owner == device):
+            for dtype in (d for d, size in compiled.DTYPES.items() if size == itemsize and owner == architecture):
                 for c in configs:
                     assert (kernel, f"*{dtype}", c.BM, c.BN, c.BK, c.stages) in tiles
 
