@@ -33,7 +33,7 @@ bench: $(VENV)/.test build
 
 # The whole of what `make test` takes samples of: every Triton kernel for every target, and long runs over random shapes.
 compile-all: $(VENV)/.test
-	$(BIN)/python -m pytest tests/kernels --compile-all
+	$(BIN)/python -m tests.kernels.compiled
 
 fuzz: $(VENV)/.test build
 	$(BIN)/python -m pytest tests --fuzz
