@@ -159,6 +159,22 @@ def test_every_saved_tensor_passes_the_hooks(site: Site) -> None:
 
 
 @sites
+def test_no_tensor_hangs_on_the_graph_past_the_hooks(site: Site) -> None:
+    """A tensor that is an attribute of the node is neither offloaded, nor freed, nor checked for changes."""
+    node = site.run(*tensors(site)).grad_fn
+    assert node is not None
+    held = {name: value for name, value in vars(node).items() if _holds_tensor(value)}
+    assert not held, f"saved past save_for_backward: {sorted(held)}"
+    assert "peftrt_wishes" in vars(node)  # the attributes of the right node were looked at
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return any(_holds_tensor(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+@sites
 def test_changing_a_saved_tensor_in_place_is_told(site: Site) -> None:
     inputs = tensors(site)
     if site is SITES["nf4_linear"]:
