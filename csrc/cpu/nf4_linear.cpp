@@ -10,8 +10,8 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 namespace {
 
-// Up to here rows win: at M = 8, N = K = 4096, fp32, 2.1 ms against 2.8 by panels of 8 lanes (Zen 3, two cores, half of N
-// each, November 2026). At M = 9 the panels' 16 lanes take 3.9 and rows would need more accumulators than registers.
+// Up to here rows win: at M = 8, N = 2048, K = 4096, fp32, one core takes 2.1 ms against 2.8 by panels of 8 lanes (Zen
+// 3, November 2026). Above, the panels' 16 lanes: 3.7 to 3.9 at M = 16.
 constexpr int kFewRows = 8;
 
 template <class T, int M>
