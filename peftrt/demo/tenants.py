@@ -22,7 +22,7 @@ from peftrt.formats.safe import read_tensors, write_tensors
 HEAD = "head.safetensors"  # beside the adapter's files, which HF peft loads
 RANK = 16
 BATCH = 8
-RATE = 2e-3
+RATE = 1.5e-3
 
 
 @dataclass
