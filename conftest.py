@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _make_importable(name: str) -> None:
     """Import a package of the checkout without putting the checkout on the path.
 
-    There `kernels/` would become a package of that name, which others look for.
+    There ``kernels/`` would become a package of that name, which others look for.
     """
     folder = ROOT / name
     spec = importlib.util.spec_from_file_location(

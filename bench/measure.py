@@ -115,8 +115,8 @@ def check(name: str, contender: Contender) -> float:
 class Race:
     """Contenders that take turns. One round is a turn of each; peftrt's is driven from outside, call by call.
 
-    So pytest-benchmark can time the very calls that are recorded here: it runs :meth:`own` :attr:`own_calls` times a
-    round and then :meth:`others`. :meth:`run` does the same without it.
+    So pytest-benchmark can time the very calls that are recorded here: it runs :meth:`own` :attr:`own_calls` times
+    a round and then :meth:`others`. :meth:`run` does the same without it.
     """
 
     def __init__(self, contenders: Mapping[str, Contender], timer: Timer, plan: Plan) -> None:

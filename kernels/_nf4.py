@@ -55,7 +55,7 @@ def load_scales(p_scales, o_block, m_block, NESTED: tl.constexpr):
 
 @triton.jit
 def decode_scales(b_absmax, b_step, p_scales, p_tables, NESTED: tl.constexpr):
-    """fp32 scales of what `load_scales` gave: ``dynamic[absmax] * step``, rounded, ``+ offset``, rounded."""
+    """fp32 scales of what ``load_scales`` gave: ``dynamic[absmax] * step``, rounded, ``+ offset``, rounded."""
     if NESTED:
         return tl.load(p_tables + 16 + b_absmax.to(tl.int32)) * b_step + tl.load(p_scales[2])
     else:
@@ -64,7 +64,7 @@ def decode_scales(b_absmax, b_step, p_scales, p_tables, NESTED: tl.constexpr):
 
 @triton.jit
 def load_chunk_scales(p_scales, o_row, m_row, i_column, K, BLOCK: tl.constexpr, BK: tl.constexpr, NESTED: tl.constexpr):
-    """`load_scales` for the chunks of rows in columns ``[i_column, i_column + BK)``: [rows, BK / CHUNK]."""
+    """``load_scales`` for the chunks of rows in columns ``[i_column, i_column + BK)``: [rows, BK / CHUNK]."""
     i_chunk = i_column + tl.arange(0, BK // CHUNK) * CHUNK
     m_chunk = m_row[:, None] & (i_chunk < K)[None, :]
     return load_scales(p_scales, (o_row[:, None] + i_chunk[None, :]) // BLOCK, m_chunk, NESTED)

@@ -240,7 +240,7 @@ SUM_SIZE = 1024
 
 
 def configs(architecture: str, dx: bool, itemsize: int, align: int) -> tuple[Config, ...]:
-    """The configurations of a kernel by rows; ``align`` is what `alignment` says."""
+    """The configurations of a kernel by rows; ``align`` is what ``alignment`` says."""
     if align != CHUNKS.value:
         return STRADDLING_CONFIGS[itemsize]
     return CONFIGS[architecture, "dx" if dx else "forward", itemsize]

@@ -1,4 +1,4 @@
-"""`python -m peftrt` is the `peftrt` command."""
+"""``python -m peftrt`` is the ``peftrt`` command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles csrc/ into peftrt/_C: used by setup.py and by `python -m peftrt build`.
+"""Compiles csrc/ into peftrt/_C: used by setup.py and by ``python -m peftrt build``.
 
 Only the standard library is used, and torch is never imported: its headers and libtorch_cpu.so are all that is needed,
 and an isolated build sees them as a directory without being able to import them.
@@ -50,7 +50,7 @@ class Torch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be compiled (`targets`, empty for none), with what, and the reason when something is left out."""
+    """What will be compiled (``targets``, empty for none), with what, and the reason when something is left out."""
 
     targets: tuple[str, ...]
     reason: str
@@ -67,7 +67,7 @@ class _Unit:
 
 
 def library_name(target: str) -> str:
-    """The file name of one target's library, e.g. `libpeftrt_cpu.so`."""
+    """The file name of one target's library, e.g. ``libpeftrt_cpu.so``."""
     return f"libpeftrt_{target}.so"
 
 
@@ -77,7 +77,7 @@ def default_directory() -> Path:
 
 
 def find_csrc() -> Path | None:
-    """The C++ sources: shipped in an installed package as `_csrc`, beside the package in a checkout."""
+    """The C++ sources: shipped in an installed package as ``_csrc``, beside the package in a checkout."""
     here = Path(__file__).resolve().parent
     for candidate in (here / "_csrc", here.parent / "csrc"):
         if (candidate / "binding_cpu.cpp").is_file():
@@ -117,7 +117,7 @@ def _too_old(version: str) -> bool:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """$CXX (which may hold flags, such as `ccache g++`), or the first of c++, g++ and clang++ on the path."""
+    """$CXX (which may hold flags, such as ``ccache g++``), or the first of c++, g++ and clang++ on the path."""
     if os.environ.get("CXX"):
         command = tuple(shlex.split(os.environ["CXX"]))
         return command if command and shutil.which(command[0]) else None
@@ -131,7 +131,7 @@ def plan(mode: str = "auto", csrc: Path | None = None) -> Plan:
     """Decides what is built without building it.
 
     Args:
-        mode: `auto` builds what can be built here, `cpu` and `cuda` demand it, `none` builds nothing.
+        mode: ``auto`` builds what can be built here, ``cpu`` and ``cuda`` demand it, ``none`` builds nothing.
         csrc: the directory of the sources; searched for when None.
 
     Raises:
@@ -232,7 +232,7 @@ def build(chosen: Plan, directory: Path | None = None, force: bool = False) -> l
     """Compiles a plan's targets, unless they are up to date.
 
     Args:
-        chosen: what `plan` returned.
+        chosen: what ``plan`` returned.
         directory: where the libraries go; peftrt/_C when None.
         force: compile even where nothing has changed.
 
@@ -305,7 +305,7 @@ def _call(command: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python peftrt/_build.py [--force] [auto|cpu|cuda|none]`: the build without importing peftrt."""
+    """``python peftrt/_build.py [--force] [auto|cpu|cuda|none]``: the build without importing peftrt."""
     arguments = sys.argv[1:] if arguments is None else arguments
     force = "--force" in arguments
     modes = [argument for argument in arguments if argument != "--force"]

@@ -1,4 +1,4 @@
-"""The `peftrt` command: reads the arguments and calls what does the work."""
+"""The ``peftrt`` command: reads the arguments and calls what does the work."""
 
 from __future__ import annotations
 

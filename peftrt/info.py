@@ -1,4 +1,4 @@
-"""`peftrt info`: what is built, for which devices, and which backend serves which operation."""
+"""``peftrt info``: what is built, for which devices, and which backend serves which operation."""
 
 from __future__ import annotations
 

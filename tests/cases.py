@@ -38,6 +38,14 @@ def exact(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).double()
 
 
+def sum_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
+    """The largest magnitude of a sum in ``x @ weight`` if nothing cancels in it: what its rounding errors go by."""
+    squares = x.detach().double().pow(2) @ weight.detach().double().pow(2)
+    if bias is not None:
+        squares = squares + bias.double().pow(2)
+    return squares.max().sqrt().item() if squares.numel() else 0.0
+
+
 @contextmanager
 def bitsandbytes_eager() -> Iterator[None]:
     """bitsandbytes compiles its CPU functions; run plainly, they give the same bits in a hundredth of the time."""

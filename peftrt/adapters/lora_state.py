@@ -21,7 +21,7 @@ class LoraState:
 
     Attributes:
         pairs: path -> (lora_A [R, K], lora_B [N, R]).
-        saved: path of a module in `modules_to_save` -> its parameters and buffers by name.
+        saved: path of a module in ``modules_to_save`` -> its parameters and buffers by name.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -39,9 +39,9 @@ def validate_lora_tensors(
         source: the file, named in errors.
 
     Raises:
-        UnsupportedError: a `lora_B.bias`.
+        UnsupportedError: a ``lora_B.bias``.
         FormatError: a key of no known form, A without B, a shape, rank or dtype that does not fit, a module that
-            `target_modules` does not name, or a target that no tensor answers to.
+            ``target_modules`` does not name, or a target that no tensor answers to.
     """
     halves: dict[str, dict[str, torch.Tensor]] = {}
     state = LoraState()

@@ -9,13 +9,13 @@ from peftrt.adapters.pattern import compile_bounded
 
 
 def matches(path: str, config: LoraConfig) -> bool:
-    """Whether the module at `path` is adapted.
+    """Whether the module at ``path`` is adapted.
 
     A string target must match the whole path; a name in a list must be the path or its end after a dot. "all-linear"
     takes every path that is not excluded: which modules are linear, and which is the head, only the caller can see.
 
     Args:
-        path: the module's path in the base model, as in `named_modules`.
+        path: the module's path in the base model, as in ``named_modules``.
         config: target_modules, exclude_modules, modules_to_save, layers_to_transform and layers_pattern of it count.
 
     Raises:
@@ -33,7 +33,7 @@ def matches(path: str, config: LoraConfig) -> bool:
 
 
 def is_excluded(path: str, config: LoraConfig) -> bool:
-    """Whether `exclude_modules` names the module, or it is one of `modules_to_save` or lies in one."""
+    """Whether ``exclude_modules`` names the module, or it is one of ``modules_to_save`` or lies in one."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         if compile_bounded(excluded, "exclude_modules").fullmatch(path):
@@ -47,14 +47,15 @@ def is_excluded(path: str, config: LoraConfig) -> bool:
 
 
 def saves_module(path: str, config: LoraConfig) -> bool:
-    """Whether the module at `path` is trained and saved whole: the path ends in an entry of `modules_to_save`."""
+    """Whether the module at ``path`` is trained and saved whole: the path ends in an entry of ``modules_to_save``."""
     return any(path.endswith(name) for name in config.modules_to_save or ())
 
 
 def unmatched_targets(config: LoraConfig, paths: Iterable[str]) -> list[str]:
-    """The entries of `target_modules` that none of `paths` (those that are adapted) answers to.
+    """The entries of ``target_modules`` that none of ``paths`` (those that are adapted) answers to.
 
-    A name that the configuration excludes itself is not counted; "all-linear" is unmatched only where `paths` is empty.
+    A name that the configuration excludes itself is not counted; "all-linear" is unmatched only where ``paths`` is
+    empty.
     """
     adapted = [path for path in paths if matches(path, config)]
     targets = config.target_modules
@@ -68,7 +69,7 @@ def unmatched_targets(config: LoraConfig, paths: Iterable[str]) -> list[str]:
 
 
 def unmatched_patterns(config: LoraConfig, paths: Collection[str]) -> list[str]:
-    """The keys of `rank_pattern` and `alpha_pattern` that decide for none of `paths`, as "rank_pattern['key']"."""
+    """The keys of rank and alpha patterns that decide for none of ``paths``, as "rank_pattern['key']"."""
     result = []
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         used = {pattern_key(patterns, path, field) for path in paths} if patterns else set()

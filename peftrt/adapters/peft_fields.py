@@ -47,16 +47,16 @@ _REQUIRED = ("r", "target_modules")
 
 
 def read_fields(values: Mapping[str, Any], source: str, known: frozenset[str]) -> dict[str, Any]:
-    """Return the fields of `values` that are in `known`, once nothing else in it would change the result.
+    """Return the fields of ``values`` that are in ``known``, once nothing else in it would change the result.
 
     Args:
-        values: the object in peft's `adapter_config.json`.
+        values: the object in peft's ``adapter_config.json``.
         source: the file, named in errors.
         known: names of the fields to return.
 
     Raises:
-        ConfigError: `peft_type`, `r` or `target_modules` is missing.
-        UnsupportedError: another `peft_type`, or a field that is neither known nor at a neutral value.
+        ConfigError: ``peft_type``, ``r`` or ``target_modules`` is missing.
+        UnsupportedError: another ``peft_type``, or a field that is neither known nor at a neutral value.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: expected a JSON object, got {type(values).__name__}")

@@ -1,4 +1,4 @@
-"""`python -m peftrt.demo.again DIR`: the demo's tenants in a fresh process, from their files alone."""
+"""``python -m peftrt.demo.again DIR``: the demo's tenants in a fresh process, from their files alone."""
 
 from __future__ import annotations
 

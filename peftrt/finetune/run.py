@@ -1,4 +1,4 @@
-"""`peftrt finetune`: from a model's name and a file to an adapter's directory."""
+"""``peftrt finetune``: from a model's name and a file to an adapter's directory."""
 
 from __future__ import annotations
 

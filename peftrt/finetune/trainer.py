@@ -71,7 +71,8 @@ class Trainer:
             print(step.number, step.loss)
 
     The loss of a step is the mean over all targets of its batches, however they are cut. After every step the whole
-    state is in :meth:`state`; a trainer that :meth:`restore` was called on goes on bit for bit as this one would have.
+    state is in :meth:`state`; a trainer that :meth:`restore` was called on goes on bit for bit as this one would
+    have.
 
     Args:
         parameters: what is trained, by name.
@@ -96,7 +97,7 @@ class Trainer:
         self._examples = examples
         self._device = torch.device(device)
         self._order = Order(examples.lengths, plan.batch_size, plan.seed)
-        # `foreach` takes all the small adapters in a handful of calls.
+        # ``foreach`` takes all the small adapters in a handful of calls.
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=plan.lr, weight_decay=plan.weight_decay, foreach=True
         )

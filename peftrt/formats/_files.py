@@ -52,7 +52,7 @@ class RegularFile(Closing):
     Raises:
         MissingFileError: there is no such file.
         FormatError: it is not a regular file, or a loop of links.
-        AdapterNameError: it lies outside `root`.
+        AdapterNameError: it lies outside ``root``.
     """
 
     def __init__(self, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> None:
@@ -64,13 +64,13 @@ class RegularFile(Closing):
         self.identity = _identity(status)
 
     def read(self, size: int, offset: int) -> bytes:
-        """Read exactly `size` bytes at `offset`."""
+        """Read exactly ``size`` bytes at ``offset``."""
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset`; raises `FormatError` where the file ends before."""
+        """Fill ``view`` from ``offset``; raises ``FormatError`` where the file ends before."""
         self._file.seek(offset)
         done = 0
         while done < len(view):
@@ -83,7 +83,7 @@ class RegularFile(Closing):
             done += count
 
     def verify_unchanged(self) -> None:
-        """Raise `FormatError` where the opened file was written to since it was opened."""
+        """Raise ``FormatError`` where the opened file was written to since it was opened."""
         now = _identity(os.fstat(self._file.fileno()))
         if now != self.identity:
             raise FormatError(f"{self.path}: changed while it was read ({self.identity[2]} -> {now[2]} bytes)")
@@ -137,9 +137,9 @@ def _require_regular(status: os.stat_result, path: str) -> None:
 
 
 def stage(path: str | os.PathLike[str], write: Callable[[str], None]) -> str:
-    """Let `write` make a temporary file beside `path`, flush it to the disk and return its path.
+    """Let ``write`` make a temporary file beside ``path``, flush it to the disk and return its path.
 
-    On any failure the temporary file is removed and `path` is as it was.
+    On any failure the temporary file is removed and ``path`` is as it was.
     """
     target = os.fspath(path)
     if os.path.isdir(target):
@@ -164,7 +164,7 @@ def stage(path: str | os.PathLike[str], write: Callable[[str], None]) -> str:
 
 
 def commit(temporary: str, path: str | os.PathLike[str]) -> None:
-    """Rename a staged file to `path` and flush the directory; on failure the staged file is removed."""
+    """Rename a staged file to ``path`` and flush the directory; on failure the staged file is removed."""
     try:
         os.replace(temporary, path)
     except BaseException:

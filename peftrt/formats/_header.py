@@ -1,8 +1,8 @@
 """The header of a safetensors file, checked in full before a byte of data is read.
 
 Layout: 8 bytes little-endian header length, the header (a JSON object), then the data. The object maps a tensor's name
-to `{"dtype", "shape", "data_offsets": [begin, end]}`, offsets counted from the start of the data, and `__metadata__` to
-a map of strings. Source: the format's description at https://github.com/huggingface/safetensors.
+to ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets counted from the start of the data, and
+``__metadata__`` to a map of strings. Source: the format's description at https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONVERT_HINT = (
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of a file: its dtype, its shape, and where its bytes lie (`start` from the beginning of the file)."""
+    """One tensor of a file: its dtype, its shape, and where its bytes lie, from the beginning of the file."""
 
     name: str
     dtype: torch.dtype
@@ -55,7 +55,7 @@ def header_length(prefix: bytes, file_size: int, path: str) -> int:
     """Return the length that the first 8 bytes announce, checked against the size of the file.
 
     Raises:
-        FormatError: the length is beyond the end of the file or over `MAX_HEADER_BYTES`.
+        FormatError: the length is beyond the end of the file or over ``MAX_HEADER_BYTES``.
         UnsafeFileError: the file is a pickle under another name.
     """
     length = int.from_bytes(prefix, "little")

@@ -14,11 +14,11 @@ _MAX_DIGITS = 40
 
 
 def loads_strict(data: bytes, source: str) -> Any:
-    """Parse `data`, UTF-8 JSON read from `source` (named in errors).
+    """Parse ``data``, UTF-8 JSON read from ``source`` (named in errors).
 
     Raises:
         FormatError: not UTF-8, not JSON, a key twice in one object, NaN, an infinite or over-long number, a lone
-            surrogate, or nesting deeper than `MAX_DEPTH`.
+            surrogate, or nesting deeper than ``MAX_DEPTH``.
     """
     try:
         text = data.decode("utf-8")

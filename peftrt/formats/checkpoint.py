@@ -32,12 +32,12 @@ class Checkpoint(Closing):
     next read, so that tensors of two checkpoints are never mixed.
 
     Args:
-        files: path -> names of the tensors to take from it, None for all; made by `open_checkpoint`.
-        options: keyword arguments of `TensorReader`.
+        files: path -> names of the tensors to take from it, None for all; made by ``open_checkpoint``.
+        options: keyword arguments of ``TensorReader``.
 
     Attributes:
-        entries: name -> `TensorEntry` (dtype, shape, nbytes), in the order of the files and of the bytes in them.
-        metadata: the `__metadata__` of all files.
+        entries: name -> ``TensorEntry`` (dtype, shape, nbytes), in the order of the files and of the bytes in them.
+        metadata: the ``__metadata__`` of all files.
     """
 
     def __init__(self, files: Mapping[str, set[str] | None], options: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Checkpoint(Closing):
         Raises:
             KeyError: no such tensor.
             FormatError: the file was replaced or changed since the checkpoint was opened.
-            NonFiniteError: it holds NaN or infinity and `allow_nonfinite` was not given.
+            NonFiniteError: it holds NaN or infinity and ``allow_nonfinite`` was not given.
         """
         path = self._file_of[name]
         if self._open is None or self._open.path != path:
@@ -105,8 +105,8 @@ def open_checkpoint(
     """Open a model's safetensors without reading its tensors.
 
     Args:
-        path: a `.safetensors` file, an `….safetensors.index.json`, or a directory with `model.safetensors`, one index,
-            or one `.safetensors` file.
+        path: a ``.safetensors`` file, an ``….safetensors.index.json``, or a directory with ``model.safetensors``, one
+            index, or one ``.safetensors`` file.
         root: where given, every file must lie under it once links are followed.
         max_tensors, max_bytes: bounds for each file.
         allow_nonfinite: accept NaN and infinity.
@@ -170,7 +170,7 @@ def _shards(index: str, root: str | os.PathLike[str] | None) -> dict[str, set[st
     directory = os.path.dirname(index) or "."
     files: dict[str, set[str] | None] = {}
     for shard, names in wanted.items():
-        # Links are followed: download caches keep their files elsewhere. `root` bounds where they may lead.
+        # Links are followed: download caches keep their files elsewhere. ``root`` bounds where they may lead.
         if os.path.basename(shard) != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise FormatError(f"{index}: weight_map names {shard!a}, expected a .safetensors file beside the index")
         files[os.path.join(directory, shard)] = names

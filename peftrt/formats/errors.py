@@ -8,7 +8,7 @@ class FormatError(ValueError):
 
 
 class MissingFileError(FormatError, FileNotFoundError):
-    """The file or directory is not there; also a `FileNotFoundError`."""
+    """The file or directory is not there; also a ``FileNotFoundError``."""
 
 
 class UnsafeFileError(FormatError):
@@ -16,7 +16,7 @@ class UnsafeFileError(FormatError):
 
 
 class NonFiniteError(FormatError):
-    """A tensor holds NaN or infinity; reading again with `allow_nonfinite=True` accepts it."""
+    """A tensor holds NaN or infinity; reading again with ``allow_nonfinite=True`` accepts it."""
 
 
 class ConfigError(FormatError):

@@ -3,7 +3,7 @@
 A name is used as a key of modules, in messages and in routing tables, so it must read the same for a person and for the
 program. Decisions: no dot (names of submodules and parameters cannot hold one), no path separator, no control, format
 (bidirectional, zero-width) or unassigned character, no white space but single inner spaces, at most 255 bytes of
-UTF-8, and no name that torch's module containers use themselves (`forward`, `keys`, `train`, ...).
+UTF-8, and no name that torch's module containers use themselves (``forward``, ``keys``, ``train``, ...).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def check_adapter_name(name: str, existing: Iterable[str] = ()) -> str:
-    """Return `name` if it can name an adapter beside those in `existing`.
+    """Return ``name`` if it can name an adapter beside those in ``existing``.
 
     Args:
         name: the name asked for.
         existing: names in use; equal names, and names that differ only by case or Unicode form, collide.
 
     Raises:
-        TypeError: `name` is not a `str`.
+        TypeError: ``name`` is not a ``str``.
         AdapterNameError: the name cannot be used (the module's docstring has the rules) or collides.
     """
     if not isinstance(name, str):
@@ -61,14 +61,14 @@ def check_adapter_name(name: str, existing: Iterable[str] = ()) -> str:
 
 
 def resolve_inside(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> Path:
-    """Return the real path of `relative` under `root`, which need not exist.
+    """Return the real path of ``relative`` under ``root``, which need not exist.
 
     Args:
         root: the directory that must not be left.
-        relative: a relative path without `..`; symbolic links in it are followed as long as they stay inside.
+        relative: a relative path without ``..``; symbolic links in it are followed as long as they stay inside.
 
     Raises:
-        AdapterNameError: the path is absolute, holds `..` or a refused character, or leaves the root by a link.
+        AdapterNameError: the path is absolute, holds ``..`` or a refused character, or leaves the root by a link.
     """
     text = os.fspath(relative)
     if not isinstance(text, str):
@@ -84,7 +84,7 @@ def resolve_inside(root: str | os.PathLike[str], relative: str | os.PathLike[str
 
 
 def require_inside(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Return the real path of `path`, links followed; raises `AdapterNameError` where that is not under `root`."""
+    """Return the real path of ``path``, links followed; ``AdapterNameError`` where that is not under ``root``."""
     if "\0" in os.fspath(path) or "\0" in os.fspath(root):
         raise AdapterNameError(f"path {_show(os.fspath(path))} must not contain NUL")
     real_root = os.path.realpath(root)

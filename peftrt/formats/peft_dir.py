@@ -1,4 +1,4 @@
-"""HF peft's adapter directories: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+"""HF peft's adapter directories: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
 
 Replacing an adapter takes two renames, so a marker file stands in the directory between them. A reader that meets the
 marker waits and reads again: it gets the old adapter or the new one, never the weights of one with the configuration of
@@ -40,10 +40,10 @@ _SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bi
 
 
 class PeftKey(NamedTuple):
-    """A key of `adapter_model.safetensors` taken apart.
+    """A key of ``adapter_model.safetensors`` taken apart.
 
-    `path` is the module's path in the base model; `part` is "lora_A", "lora_B", "lora_B.bias", or "saved" for a
-    parameter of a module in `modules_to_save`, whose name in that module is `leaf`.
+    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias", or "saved" for a
+    parameter of a module in ``modules_to_save``, whose name in that module is ``leaf``.
     """
 
     path: str
@@ -55,7 +55,7 @@ def split_key(key: str, modules_to_save: Sequence[str] = ()) -> PeftKey:
     """Take a LoRA adapter's key apart.
 
     Args:
-        key: e.g. `base_model.model.encoder.layer.0.attention.self.query.lora_A.weight`.
+        key: e.g. ``base_model.model.encoder.layer.0.attention.self.query.lora_A.weight``.
         modules_to_save: the configuration's field; a module belongs to it where its path ends in an entry, as in peft.
 
     Raises:
@@ -79,7 +79,7 @@ def split_key(key: str, modules_to_save: Sequence[str] = ()) -> PeftKey:
 
 
 def join_key(path: str, part: str, leaf: str = "") -> str:
-    """The inverse of `split_key`."""
+    """The inverse of ``split_key``."""
     if part == "saved":
         return f"{KEY_PREFIX}{path}.{leaf}"
     for suffix, known in _SUFFIXES.items():
@@ -102,9 +102,9 @@ def read_peft_dir(
     Args:
         path: the directory that holds the files, or one that holds exactly one subfolder that does (peft saves an
             adapter that is not called "default" in a subfolder of its name).
-        name: the subfolder to take where there are several; "default" is `path` itself.
+        name: the subfolder to take where there are several; "default" is ``path`` itself.
         root: where given, every file must lie under it once links are followed.
-        max_tensors, max_bytes, allow_nonfinite: see `peftrt.formats.safe.TensorReader`.
+        max_tensors, max_bytes, allow_nonfinite: see ``peftrt.formats.safe.TensorReader``.
 
     Raises:
         MissingFileError: no adapter is there.
@@ -136,7 +136,7 @@ def read_peft_dir(
 def find_peft_dir(
     path: str | os.PathLike[str], *, name: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> str:
-    """Return the directory that holds `adapter_config.json`; arguments and errors are those of `read_peft_dir`."""
+    """Return the directory that holds ``adapter_config.json``; arguments and errors are those of ``read_peft_dir``."""
     top = os.fspath(path)
     if "\0" in top:
         raise FormatError(f"path {top!a} must not contain NUL")
@@ -168,16 +168,17 @@ def write_peft_dir(
     tensors: Mapping[str, torch.Tensor],
     readme: str | None = None,
 ) -> None:
-    """Write an adapter at `path` so that HF peft 0.21 loads it; one that is there is replaced whole or not at all.
+    """Write an adapter at ``path`` so that HF peft 0.21 loads it; one that is there is replaced whole or not at all.
 
     Args:
         path: the directory, made where missing; other files in it are left alone.
-        config: the contents of `adapter_config.json`, with `peft_type`.
+        config: the contents of ``adapter_config.json``, with ``peft_type``.
         tensors: tensors by peft's keys.
-        readme: the text of `README.md`; where None, a short one with the base model's name.
+        readme: the text of ``README.md``; where None, a short one with the base model's name.
 
     Raises:
-        FormatError: `path` is a file, the configuration is not JSON or has no `peft_type`, a tensor cannot be stored.
+        FormatError: ``path`` is a file, the configuration is not JSON or has no ``peft_type``, a tensor cannot be
+            stored.
         OSError: the disk is full or cannot be written; what was there before is intact.
     """
     directory = os.fspath(path)
@@ -311,7 +312,7 @@ def _swap(directory: str, staged: dict[str, str]) -> None:
 
 
 def _link_beside(path: str, temporary: str) -> str | None:
-    """A second name for the file at `path`, to put it back by; None where there is no file or no hard links."""
+    """A second name for the file at ``path``, to put it back by; None where there is no file or no hard links."""
     backup = f"{temporary}-old"
     try:
         os.link(path, backup)

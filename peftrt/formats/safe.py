@@ -36,11 +36,11 @@ class TensorReader(Closing):
         allow_nonfinite: accept NaN and infinity in floating tensors.
 
     Attributes:
-        entries: name -> `TensorEntry`, in the order of the bytes in the file.
-        metadata: the header's `__metadata__`.
+        entries: name -> ``TensorEntry``, in the order of the bytes in the file.
+        metadata: the header's ``__metadata__``.
 
     Raises:
-        MissingFileError, UnsafeFileError, FormatError: see `peftrt.formats.errors`.
+        MissingFileError, UnsafeFileError, FormatError: see ``peftrt.formats.errors``.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TensorReader(Closing):
             raise
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor `name`, of the dtype and shape in `entries`, in memory of its own on the CPU.
+        """Return the tensor ``name``, of the dtype and shape in ``entries``, in memory of its own on the CPU.
 
         Raises:
             KeyError: there is no such tensor.
@@ -105,7 +105,7 @@ def read_tensors(
     max_bytes: int = MAX_BYTES,
     allow_nonfinite: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Return all tensors of a safetensors file; arguments and errors are those of `TensorReader`."""
+    """Return all tensors of a safetensors file; arguments and errors are those of ``TensorReader``."""
     with TensorReader(
         path, root=root, max_tensors=max_tensors, max_bytes=max_bytes, allow_nonfinite=allow_nonfinite
     ) as reader:
@@ -115,16 +115,16 @@ def read_tensors(
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file at `path`, whole or not at all: a file that was there is intact after any failure.
+    """Write a safetensors file at ``path``, whole or not at all: a file that was there is intact after any failure.
 
     Args:
         path: the file; its directory must exist.
         tensors: name -> tensor of any device and stride; each is written contiguous.
-        metadata: strings for the header, `{"format": "pt"}` where None.
+        metadata: strings for the header, ``{"format": "pt"}`` where None.
 
     Raises:
         TypeError: a name, tensor or metadata entry of the wrong type.
-        FormatError: a tensor that the format cannot hold, or `path` is a directory.
+        FormatError: a tensor that the format cannot hold, or ``path`` is a directory.
         OSError: the disk is full or cannot be written.
     """
     commit(stage_tensors(path, tensors, metadata), path)
@@ -133,7 +133,9 @@ def write_tensors(
 def stage_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write as `write_tensors` does, but to a temporary file beside `path`; return it for `commit` or `discard`."""
+    """Write as ``write_tensors`` does, but to a temporary file beside ``path``; return it for ``commit`` or
+    ``discard``.
+    """
     notes = {"format": "pt"} if metadata is None else dict(metadata)
     for key, text in notes.items():
         if not isinstance(key, str) or not isinstance(text, str):
@@ -150,7 +152,7 @@ def stage_tensors(
 
 
 def refuse_pickle(path: str) -> None:
-    """Raise `UnsafeFileError` where the name is that of a pickle."""
+    """Raise ``UnsafeFileError`` where the name is that of a pickle."""
     if path.lower().endswith(PICKLE_SUFFIXES):
         raise UnsafeFileError(
             f"{path}: expected safetensors, got a name that torch.save gives its pickles: {CONVERT_HINT}"

@@ -193,7 +193,9 @@ class AdapterLinear(nn.Module):
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and :func:`peftrt.ops.multi_lora_linear`."""
+        """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and
+        :func:`peftrt.ops.multi_lora_linear`.
+        """
         routing = current(self.owner)
         if routing is not None:
             return self._routed(x, routing)

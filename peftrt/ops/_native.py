@@ -1,4 +1,4 @@
-"""Finds and loads the native library peftrt/_C/libpeftrt_cpu.so, whose functions are then `torch.ops.peftrt_cpu.*`."""
+"""Finds and loads peftrt/_C/libpeftrt_cpu.so, whose functions are then ``torch.ops.peftrt_cpu.*``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def load() -> str | None:
 
 
 def isa() -> str | None:
-    """The instruction set that the kernels run with (`avx2` or `portable`), or None when the library is not loaded."""
+    """The instruction set that the kernels run with (``avx2`` or ``portable``), or None when the library is not
+    loaded.
+    """
     return None if load() is not None else str(torch.ops.peftrt_cpu.isa())
 
 

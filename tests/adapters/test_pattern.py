@@ -1,4 +1,4 @@
-"""Regular expressions of configuration files: the same answers as `re`, in bounded time."""
+"""Regular expressions of configuration files: the same answers as ``re``, in bounded time."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def peftrt_process(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python -m peftrt ...` in a process of its own, outside of the checkout."""
+    """Starts ``python -m peftrt ...`` in a process of its own, outside of the checkout."""
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -102,7 +102,7 @@ def test_info_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 @pytest.mark.parametrize("dtype", info.DTYPES.values())
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_the_sample_calls_run(op: str, dtype: torch.dtype) -> None:
-    """What `info` asks about is a call that can be made."""
+    """What ``info`` asks about is a call that can be made."""
     name, _, overload = op.partition(".")
     getattr(getattr(torch.ops.peftrt, name), overload or "default")(*info.sample(op, "cpu", dtype))
 

@@ -1,4 +1,4 @@
-"""`peftrt finetune` from a file to a directory, and that directory in HF peft."""
+"""``peftrt finetune`` from a file to a directory, and that directory in HF peft."""
 
 from __future__ import annotations
 

@@ -341,7 +341,7 @@ def test_adapter_replaced_while_it_loads_is_never_mixed(tmp_path: Path) -> None:
 
 
 def before_weights_are_opened(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
-    """Have `action` happen once, after a reader has read the configuration and before it opens the weights."""
+    """Have ``action`` happen once, after a reader has read the configuration and before it opens the weights."""
     pending = [action]
 
     def reader(*args: Any, **kwargs: Any) -> TensorReader:

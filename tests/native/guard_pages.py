@@ -17,7 +17,7 @@ keep: list[object] = []
 
 
 def at_the_end(size: int, dtype: torch.dtype, shape: tuple[int, ...], fill: str = "random") -> torch.Tensor:
-    """A tensor of `size` bytes whose last byte is the last before a page that cannot be touched."""
+    """A tensor of ``size`` bytes whose last byte is the last before a page that cannot be touched."""
     pages = -(-max(size, 1) // PAGE)
     memory = mmap.mmap(-1, (pages + 1) * PAGE)
     view = (ctypes.c_char * len(memory)).from_buffer(memory)

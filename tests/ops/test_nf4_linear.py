@@ -15,7 +15,7 @@ import peftrt
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.ops._weight import weight_args
-from tests.cases import BACKENDS, FLOATS, LAYOUTS, NATIVE, exact, laid_out, misaligned, nf4, randn
+from tests.cases import BACKENDS, FLOATS, LAYOUTS, NATIVE, exact, laid_out, misaligned, nf4, randn, sum_size
 from tests.tolerances import assert_close, assert_same_bits
 
 
@@ -60,8 +60,8 @@ def test_forward_and_input_gradient_equal_fp64(
     with peftrt.backend(nf4_linear=backend, nf4_linear_dx=backend):
         y, grad = ops.nf4_linear(x, weight, b), dx(dy, weight)
     assert y.dtype == grad.dtype == dtype
-    assert_close(y, x.double() @ wide.t() + (0 if b is None else b.double()))
-    assert_close(grad, dy.double() @ wide)
+    assert_close(y, x.double() @ wide.t() + (0 if b is None else b.double()), intermediate=sum_size(x, wide.t(), b))
+    assert_close(grad, dy.double() @ wide, intermediate=sum_size(dy, wide))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
