@@ -11,7 +11,7 @@ demo: $(VENV)/.demo build
 	$(BIN)/peftrt demo
 
 test: $(VENV)/.test build
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -29,14 +29,14 @@ build: | $(VENV)/.torch
 	$(BIN)/python -m peftrt build
 
 bench: $(VENV)/.test build
-	$(BIN)/python -m pytest --benchmark
+	$(BIN)/pytest --benchmark
 
 # The whole of what `make test` takes samples of: every Triton kernel for every target, and long runs over random shapes.
 compile-all: $(VENV)/.test
 	$(BIN)/python -m tests.kernels.compiled
 
 fuzz: $(VENV)/.test build
-	$(BIN)/python -m pytest tests --fuzz
+	$(BIN)/pytest tests --fuzz
 
 # Builds a wheel, installs it beside nothing but its dependencies, and uses it outside the checkout.
 wheel-check: | $(VENV)/.torch
