@@ -264,3 +264,9 @@ def test_files_can_be_read_in_a_sitting() -> None:
     assert len(files) > 20
     long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > LINES}
     assert not long, f"over {LINES} lines: {long}"
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """A folder without ``__init__.py`` works in a checkout, and is missing from the wheel."""
+    folders = {path.parent for _, path in modules()}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]

@@ -1,0 +1,1 @@
+"""``peftrt finetune``: a Hugging Face model, a file of examples, an adapter."""
