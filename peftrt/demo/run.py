@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,33 +62,30 @@ def demo(out: Path, docstrings: Sequence[Docstring] | None = None) -> Result:
         for name, question in QUESTIONS.items():
             classes, labels = index([getattr(docstring, name) for docstring in docstrings])
             examples = Examples.of(ids, labels, pad_id)
+            probe = fit_probe(features[~held_out], torch.from_numpy(labels[~held_out]), len(classes))
             torch.manual_seed(0)
             tenants[name] = tenant = Tenant(name, encoder, classes)
+            tenant.start_from(*probe)
             report = tenant.adapt()
             if len(tenants) == 1:
                 terminal.print(str(report), soft_wrap=True)
             history = tenant.train(examples.select(np.flatnonzero(~held_out)))
             predicted = tenant.predict(examples.select(np.flatnonzero(held_out)))
             tenant.save(directory / name)
-            scores = *baselines(features, labels, held_out), Score.of(predicted, labels[held_out])
+            majority = Score.of(most_frequent_class(labels, held_out), labels[held_out])
+            baseline = Score.of(F.linear(features[held_out], *probe).argmax(1).numpy(), labels[held_out])
+            adapted = Score.of(predicted, labels[held_out])
             size = sum(file.stat().st_size for file in (directory / name).glob("*.safetensors"))
+            scores = (majority, baseline, adapted)
             tasks.append(TaskResult(name, question, classes, *scores, tenant.parameters, size, history))
 
         unseen = np.flatnonzero(held_out)
         write_json(directory / CLASSES, {name: tenant.classes for name, tenant in tenants.items()})
         differences = ask_fresh_process(directory, tenants, examples.batch(unseen[:32]))
-        served = serve_mixed(encoder, tenants, examples, unseen[:ROWS], texts)
+        served = serve_mixed(encoder, tenants, examples, unseen[:: max(1, len(unseen) // ROWS)][:ROWS], texts)
 
-        result = Result(
-            train_examples=int((~held_out).sum()),
-            held_out_examples=int(held_out.sum()),
-            tasks=tasks,
-            reload_difference=differences,
-            served=served,
-            seconds=time.perf_counter() - start,
-            peak_memory_bytes=peak_memory(),
-            threads=torch.get_num_threads(),
-        )
+        sizes, seconds = (int((~held_out).sum()), len(unseen)), time.perf_counter() - start
+        result = Result(*sizes, tasks, differences, served, seconds, peak_memory(), torch.get_num_threads())
         write_json(directory / JSON, asdict(result))
         draw(directory, result)
     print_result(terminal, result, out)
@@ -111,10 +107,6 @@ def index(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     return classes, np.array([classes.index(name) for name in names], np.int64)
 
 
-def baselines(features: Tensor, labels: NDArray[np.int64], held_out: NDArray[np.bool_]) -> tuple[Score, Score]:
-    """Always the most frequent class; and a linear probe on the encoder's embeddings."""
-    seen, actual = labels[~held_out], labels[held_out]
-    most = Counter(seen.tolist()).most_common(1)[0][0]
-    weight, bias = fit_probe(features[~held_out], torch.from_numpy(seen), int(labels.max()) + 1)
-    probe = F.linear(features[held_out], weight, bias).argmax(1).numpy()
-    return Score.of(np.full_like(actual, most), actual), Score.of(probe, actual)
+def most_frequent_class(labels: NDArray[np.int64], held_out: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """What always saying the most frequent class of the rest says of what is held out."""
+    return np.full(held_out.sum(), np.bincount(labels[~held_out]).argmax(), np.int64)

@@ -46,4 +46,4 @@ def serve_mixed(
 
 def _answer(tenant: Tenant | None, embedding: Tensor) -> Tensor:
     """The tenant's logits, or the embedding itself where there is none."""
-    return embedding if tenant is None else tenant.answer(embedding).detach()
+    return embedding if tenant is None else tenant.head(embedding).detach()

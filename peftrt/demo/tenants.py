@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from peftrt.formats.safe import read_tensors, write_tensors
 HEAD = "head.safetensors"  # beside the adapter's files, which HF peft loads
 RANK = 16
 BATCH = 8
-RATE = 1.5e-3
+RATE = 1e-3
 
 
 @dataclass
@@ -44,12 +43,15 @@ class Tenant:
         )
         return peftrt.adapt(self.encoder, config, name=self.name, quantize="nf4")
 
-    def logits(self, batch: Batch) -> Tensor:
-        return self.answer(embed(self.encoder, batch))
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
+        """Let the head be a linear probe at first: the adapter is then trained for what the probe cannot do.
 
-    def answer(self, embeddings: Tensor) -> Tensor:
-        """``[B, K]`` to logits ``[B, classes]``; normalised, so that the head learns as fast as the adapter does."""
-        return self.head(F.layer_norm(embeddings, embeddings.shape[-1:]))
+        Source: Kumar et al. 2022 (arXiv:2202.10054).
+        """
+        self.head.load_state_dict({"weight": weight, "bias": bias})
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.head(embed(self.encoder, batch))
 
     def train(self, examples: Examples) -> list[Step]:
         """One epoch."""
