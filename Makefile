@@ -7,8 +7,9 @@ SOURCES := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test lint format build bench compile-all fuzz wheel-check clean
 
+# Threads that spin while they wait make a machine that is also busy with something else twenty times slower.
 demo: $(VENV)/.demo build
-	$(BIN)/peftrt demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/peftrt demo
 
 test: $(VENV)/.test build
 	$(BIN)/pytest
