@@ -42,7 +42,7 @@ def describe(device: str) -> dict[str, Any]:
     """Everything that a result file says about where and with what its figures were measured."""
     facts: dict[str, Any] = {
         "device": device_name(device),
-        "os": f"{platform.system()} {platform.release()}",
+        "os": platform.system(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
