@@ -245,9 +245,13 @@ class AdapterLinear(nn.Module):
         """The Parameter that ``weight`` was before anything was merged into it."""
         return self._backup.get("weight", self.weight)
 
+    def _chosen(self, names: str | Mapping[str, float] | None) -> dict[str, float]:
+        """The adapters named, with their weights; the active ones by default."""
+        return self.active if names is None else as_weights(names)
+
     def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
         """``sum_a w_a s_a B_a A_a``, fp32 [N, K]; of the active adapters by default."""
-        weights = self._active if names is None else as_weights(names)
+        weights = self._chosen(names)
         delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for name, weight in weights.items():
             delta += weight * self.adapter(name).delta()
@@ -263,7 +267,7 @@ class AdapterLinear(nn.Module):
         """
         if self._merged is not None:
             raise ValueError(f"adapters {sorted(self._merged)} are already merged")
-        weights = dict(self._active) if names is None else as_weights(names)
+        weights = self._chosen(names)
         for name in weights:
             self._expect_known(name)
         self._backup = self._merge_into_base(weights, force)

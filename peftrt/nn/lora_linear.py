@@ -201,8 +201,8 @@ class QLoRALinear(AdapterLinear, NF4Linear):
 
         ``1 - <W1 - W0, D> / <D, D>``, clipped: D the adapters' delta, W0 the weight now, W1 the requantised sum.
         """
-        delta = self.delta_weight(names)
-        weights = self._active if names is None else ({names: 1.0} if isinstance(names, str) else names)
+        weights = self._chosen(names)
+        delta = self.delta_weight(weights)
         change = self._requantized(weights).dequantize(torch.float32) - self.nf4_weight().dequantize(torch.float32)
         norm = (delta * delta).sum().item()
         return 0.0 if norm == 0.0 else min(1.0, max(0.0, 1.0 - (change * delta).sum().item() / norm))
