@@ -1,7 +1,8 @@
 // The CPU functions as torch sees them, in namespace peftrt_cpu: checks, pointers, and nothing else.
 //
-// Built on torch's stable ABI. All tensors are contiguous; `out` is allocated by the caller and written whole. Python
-// checks its arguments with better words; what stands here keeps a bad call from reading or writing out of bounds.
+// Built on torch's stable ABI. Where a function takes `out`, all its tensors are contiguous and `out` is written whole.
+// Python checks its arguments with better words; what stands here keeps a bad call from reading or writing out of
+// bounds.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "nf4.h"
@@ -90,37 +92,78 @@ void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_ab
   peftrt::cpu::kernels().nf4_dequantize(weight, dtype, out.mutable_data_ptr(), parallel());
 }
 
-// a [m, a_width] times the weight -> out [m, out_width], both contiguous and of one dtype.
-Dtype check_product(const char* op, const char* argument, const Tensor& a, const Tensor& out) {
+// a [..., a_width] times the weight -> out [..., out_width], both contiguous and of one dtype; their dtype and rows.
+struct Product {
+  Dtype dtype;
+  int64_t rows;
+};
+Product check_product(const char* op, const char* argument, const Tensor& a, const Tensor& out) {
   check_dense(a, op, argument);
   check_dense(out, op, "out");
-  check(a.dim() == 2, op, argument, "two-dimensional");
-  check(out.dim() == 2 && out.size(0) == a.size(0), op, "out", "two-dimensional, with as many rows as the input");
-  check(out.scalar_type() == a.scalar_type(), op, "out", "of the input's dtype");
-  return dtype_of(a, op, argument);
+  check(a.dim() >= 1, op, argument, "[..., features]");
+  check(out.scalar_type() == a.scalar_type() && out.dim() == a.dim(), op, "out", "of the input's dtype and dimensions");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < a.dim(); ++i) {
+    check(out.size(i) == a.size(i), op, "out", "of the input's shape but for the last dimension");
+    rows *= a.size(i);
+  }
+  return {dtype_of(a, op, argument), rows};
 }
 
-void nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                std::optional<Tensor> nested_offset, int64_t block_size, std::optional<Tensor> bias, Tensor out) {
+void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                    std::optional<Tensor> nested_offset, int64_t block_size, std::optional<Tensor> bias, Tensor out) {
   const char* op = "nf4_linear";
-  const Dtype dtype = check_product(op, "x", x, out);
-  const int64_t n = out.size(1), k = x.size(1);
+  const Product product = check_product(op, "x", x, out);
+  const int64_t n = out.size(-1), k = x.size(-1);
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
   if (bias) {
     check_dense(*bias, op, "bias");
-    check(bias->numel() == n && bias->scalar_type() == x.scalar_type(), op, "bias", "[N], of x's dtype");
+    check(bias->dim() == 1 && bias->numel() == n && bias->scalar_type() == x.scalar_type(), op, "bias",
+          "[N], of x's dtype");
   }
-  peftrt::cpu::kernels().nf4_linear(weight, dtype, x.size(0), x.const_data_ptr(),
+  peftrt::cpu::kernels().nf4_linear(weight, product.dtype, product.rows, x.const_data_ptr(),
                                     bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), parallel());
 }
 
-void nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                   std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
+void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                       std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
   const char* op = "nf4_linear_dx";
-  const Dtype dtype = check_product(op, "dy", dy, out);
-  const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, dy.size(1), out.size(1));
-  peftrt::cpu::kernels().nf4_linear_dx(weight, dtype, dy.size(0), dy.const_data_ptr(), out.mutable_data_ptr(),
+  const Product product = check_product(op, "dy", dy, out);
+  const int64_t n = dy.size(-1), k = out.size(-1);
+  const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
+  peftrt::cpu::kernels().nf4_linear_dx(weight, product.dtype, product.rows, dy.const_data_ptr(), out.mutable_data_ptr(),
                                        parallel());
+}
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+// An empty [..., width] for a product of `a` [..., a_width].
+Tensor empty_product(const char* op, const char* argument, const Tensor& a, int64_t a_width, int64_t width) {
+  check(a.is_cpu() && a.dim() >= 1 && a.size(-1) == a_width, op, argument, "[..., features] on the CPU");
+  std::vector<int64_t> sizes(size_t(a.dim()), width);
+  for (int64_t i = 0; i + 1 < a.dim(); ++i) sizes[size_t(i)] = a.size(i);
+  return torch::stable::new_empty(a, sizes);
+}
+
+// The same with any strides and a result of their own: what the operations call.
+Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                  std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size,
+                  std::optional<Tensor> bias) {
+  Tensor out = empty_product("nf4_linear", "x", x, k, n);
+  nf4_linear_out(dense(x), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
+                 dense(bias), out);
+  return out;
+}
+
+Tensor nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                     std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size) {
+  Tensor out = empty_product("nf4_linear_dx", "dy", dy, n, k);
+  nf4_linear_dx_out(dense(dy), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
+                    out);
+  return out;
 }
 
 void dropout(Tensor x, int64_t seed, double p, Tensor out) {
@@ -139,12 +182,14 @@ std::string isa() { return peftrt::cpu::kernels().isa; }
 
 }  // namespace
 
-#define PEFTRT_WEIGHT "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int block_size"
+#define PEFTRT_WEIGHT "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
 
 STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
-  m.def("nf4_dequantize(" PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
-  m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT ", Tensor? bias, Tensor(a!) out) -> ()");
-  m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
+  m.def("nf4_dequantize(" PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
+  m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
+  m.def("nf4_linear.out(Tensor x, " PEFTRT_WEIGHT "int block_size, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
+  m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
 }
@@ -152,7 +197,9 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
+  m.impl("nf4_linear.out", TORCH_BOX(&nf4_linear_out));
   m.impl("nf4_linear_dx", TORCH_BOX(&nf4_linear_dx));
+  m.impl("nf4_linear_dx.out", TORCH_BOX(&nf4_linear_dx_out));
   m.impl("dropout", TORCH_BOX(&dropout));
 }
 

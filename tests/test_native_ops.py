@@ -317,15 +317,19 @@ def test_bad_activations_are_refused() -> None:
     args = Weight(6, 128).args
     x, out = torch.zeros(2, 128), torch.zeros(2, 6)
     for message, call in (
-        ("x must be two-dimensional", lambda: cpu.nf4_linear(x[0], *args, None, out)),
+        ("out must be of the input's dtype and dimensions", lambda: cpu.nf4_linear(x[0], *args, None, out)),
         ("x must be a contiguous", lambda: cpu.nf4_linear(torch.zeros(128, 2).T, *args, None, out)),
         ("x must be float32", lambda: cpu.nf4_linear(x.double(), *args, None, out.double())),
         ("out must be of the input's dtype", lambda: cpu.nf4_linear(x.half(), *args, None, out)),
-        ("out must be two-dimensional", lambda: cpu.nf4_linear(x, *args, None, torch.zeros(3, 6))),
+        ("out must be of the input's shape but", lambda: cpu.nf4_linear(x, *args, None, torch.zeros(3, 6))),
         ("codes must have", lambda: cpu.nf4_linear(x, *args, None, torch.zeros(2, 7))),
         ("bias must be", lambda: cpu.nf4_linear(x, *args, torch.zeros(5), out)),
         ("bias must be", lambda: cpu.nf4_linear(x, *args, torch.zeros(6).half(), out)),
         ("dy must be", lambda: cpu.nf4_linear_dx(out.long(), *args, x.long())),
+        ("x must be", lambda: cpu.nf4_linear(x, *args[:4], 6, 64, args[4], None)),
+        ("x must be", lambda: cpu.nf4_linear(x[0, 0], *args[:4], 6, 128, args[4], None)),
+        ("codes must have", lambda: cpu.nf4_linear(x, *args[:4], 7, 128, args[4], None)),
+        ("dy must be", lambda: cpu.nf4_linear_dx(out, *args[:4], 7, 128, args[4])),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

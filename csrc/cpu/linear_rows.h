@@ -28,18 +28,19 @@ void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
     }
 }
 
-// sums[m] += the sum over `groups` groups of one row of W. units: a scale a 32 weights.
-template <class T, int M>
-PEFTRT_INLINE void dot_groups(const uint8_t* codes, const float* units, const float* x, int64_t groups, int64_t ahead,
-                              float* sums) {
+// sums[m] += the sum over `groups` groups of one row of W; scale_at(g) is the scale of group g, lane by lane.
+template <class T, int M, class ScaleAt>
+PEFTRT_INLINE void dot_groups(const uint8_t* codes, const ScaleAt& scale_at, const float* x, int64_t groups,
+                              int64_t ahead, float* sums) {
   F acc[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m] = loadu(sums + 8 * m);
-  for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, x += M * kGroup) {
+  for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, x += M * kGroup) {
     // Slices of rows are not a stream that the hardware follows: the next block of rows is asked for here.
     __builtin_prefetch(codes + ahead, 0, 2);
-    const F scale = set_halves(units[0], units[1]);
-    constexpr int kChains = M < 3 ? 2 : 1;
+    const F scale = scale_at(g);
+    // Several short chains of additions where registers allow: the window of a core then holds more groups.
+    constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;
     constexpr int kLength = 8 / kChains;
     F part[kChains][M] = {};
     lookup64(codes, [&](int j, F code) {
@@ -52,12 +53,43 @@ PEFTRT_INLINE void dot_groups(const uint8_t* codes, const float* units, const fl
     });
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const F both = kChains == 2 ? add(part[0][m], part[kChains - 1][m]) : part[0][m];
-      acc[m] = kIsFloat<T> ? fma(both, scale, acc[m]) : add(acc[m], both);
+      F total = part[0][m];
+      if constexpr (kChains == 2) total = add(total, part[1][m]);
+      if constexpr (kChains == 4) total = add(add(total, part[1][m]), add(part[2][m], part[3][m]));
+      acc[m] = kIsFloat<T> ? fma(total, scale, acc[m]) : add(acc[m], total);
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) storeu(sums + 8 * m, acc[m]);
+}
+
+// A row of W from group `first` of the tensor on: split where the statistics change runs.
+template <class T, int M>
+PEFTRT_INLINE void dot_row(const Weight& w, Scales& scales, int64_t first, const float* x, int64_t groups,
+                           int64_t ahead, float* sums) {
+  const uint8_t* codes = w.codes + first * (kGroup / 2);
+  if (w.block_size == 32) {
+    const auto scale_at = [&](int64_t g) {
+      return set_halves(scales.of_block(2 * (first + g)), scales.of_block(2 * (first + g) + 1));
+    };
+    return dot_groups<T, M>(codes, scale_at, x, groups, ahead, sums);
+  }
+  const int shift = __builtin_ctz(unsigned(w.block_size)) - 6;
+  if (w.nested_absmax == nullptr) {
+    const auto scale_at = [&](int64_t g) {
+      const float scale = load_float(w.absmax, (first + g) >> shift);
+      return set1(kIsFloat<T> ? scale : canonical(scale));
+    };
+    return dot_groups<T, M>(codes, scale_at, x, groups, ahead, sums);
+  }
+  while (groups > 0) {
+    const int64_t run = (first >> shift) / kNestedBlock, end = (run + 1) * kNestedBlock << shift;
+    const int64_t count = min64(groups, end - first);
+    const float* table = scales.of_run(run);
+    const auto scale_at = [&](int64_t g) { return set1(table[w.absmax[(first + g) >> shift]]); };
+    dot_groups<T, M>(codes, scale_at, x, count, ahead, sums);
+    codes += count * (kGroup / 2), x += count * M * kGroup, first += count, groups -= count;
+  }
 }
 
 // A block of rows of W passes over a slice of x that stays in L1: 16 KB of it, for any M.
@@ -69,22 +101,16 @@ void linear_groups(const Weight& w, const T* x, const T* bias, T* out, const Par
   Scratch<float> permuted(M * w.k);
   permute_x(w.k, M, x, permuted.get());
   for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
-    Scales decoder(w);
-    Scratch<float> units(kRows * groups * 2);
+    Scales scales(w);
     alignas(32) float sums[kRows][M * 8];
     for (int64_t n0 = begin * kRows; n0 < min64(end * kRows, w.n); n0 += kRows) {
       const int64_t rows = min64(kRows, w.n - n0);
-      decoder.decode(n0 * groups * 2, rows * groups * 2, units.get());
       std::memset(sums, 0, sizeof sums);
       const int64_t ahead = n0 + 2 * kRows <= w.n ? kRows * groups * (kGroup / 2) : 0;
-      for (int64_t g = 0; g < groups; g += kSlice) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t at = i * groups + g;
-          const uint8_t* codes = w.codes + (n0 * groups + at) * (kGroup / 2);
-          const float* lanes = permuted.get() + g * M * kGroup;
-          dot_groups<T, M>(codes, units.get() + 2 * at, lanes, min64(kSlice, groups - g), ahead, sums[i]);
-        }
-      }
+      for (int64_t g = 0; g < groups; g += kSlice)
+        for (int64_t i = 0; i < rows; ++i)
+          dot_row<T, M>(w, scales, (n0 + i) * groups + g, permuted.get() + g * M * kGroup, min64(kSlice, groups - g),
+                        ahead, sums[i]);
       for (int64_t i = 0; i < rows; ++i)
         for (int m = 0; m < M; ++m)
           store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + 8 * m)) + bias_at(bias, n0 + i));

@@ -5,6 +5,7 @@
 //   zero, set1, loadu, storeu, add, mul, fma  (a * b + c; fused where the hardware has it)
 //   load<T>, store<T>                         eight elements of float, bf16 or fp16, converted; RNE on the way out
 //   round_to<T>                               the nearest T, as a float; the identity for T = float
+//   canonical_nan                             the quiet NaN without payload where there is a NaN
 //   sum                                       the sum of the eight, in one fixed order
 //   transpose8                                eight vectors of eight, in place
 //   kIsFloat<T>                               whether T is float

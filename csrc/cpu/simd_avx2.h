@@ -39,11 +39,14 @@ PEFTRT_INLINE __m256i round_bf16_bits(F v) {
   return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
+PEFTRT_INLINE F canonical_nan(F v) {
+  const F nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+}
+
 PEFTRT_INLINE void store(float* p, F v) { storeu(p, v); }
 PEFTRT_INLINE void store(bf16* p, F v) {
-  const F nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-  const F quiet = _mm256_blendv_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
-  const __m256i high = _mm256_srli_epi32(round_bf16_bits(quiet), 16);
+  const __m256i high = _mm256_srli_epi32(round_bf16_bits(canonical_nan(v)), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }

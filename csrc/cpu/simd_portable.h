@@ -43,6 +43,11 @@ PEFTRT_INLINE void store(T* p, F v) {
   }
 }
 
+PEFTRT_INLINE F canonical_nan(F v) {
+  for (int i = 0; i < 8; ++i) v[i] = v[i] == v[i] ? v[i] : __builtin_nanf("");
+  return v;
+}
+
 template <class T>
 constexpr bool kIsFloat = false;
 template <>

@@ -29,12 +29,15 @@ class Backend:
         run: the implementation; takes the operation's arguments.
         unsupported: takes the same arguments; returns None, or the reason why ``run`` cannot take them.
         devices: device types that it is offered on by itself. Elsewhere it runs only where it is forced.
+        strict: ``run`` itself refuses, before it does anything, every call that it cannot take: it may be tried first,
+            and the checks that have better words are made when it has refused.
     """
 
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
     devices: tuple[str, ...]
+    strict: bool = False
 
 
 @dataclass(frozen=True)

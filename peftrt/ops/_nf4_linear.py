@@ -37,7 +37,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     if not isinstance(weight, NF4Weight):
         raise TypeError(f"nf4_linear: weight must be an NF4Weight, got {type(weight).__name__}")
     x, bias = autocast(x, bias)  # type: ignore[assignment]
-    return torch.ops.peftrt.nf4_linear(x, *weight_args("nf4_linear", weight), bias)
+    return _FORWARD(x, *weight_args("nf4_linear", weight), bias)
 
 
 def _check(x: Tensor, *rest: Any) -> None:
@@ -63,22 +63,12 @@ def _native_unsupported(x: Tensor, *_: Any) -> str | None:
     return _native.unsupported(x, x.dtype)
 
 
-def _native_forward(x: Tensor, *rest: Any) -> Tensor:
-    *codes, _, _, block_size, bias = rest
-    out = _fake(x, *rest)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    torch.ops.peftrt_cpu.nf4_linear(
-        rows, *_native.contiguous(*codes), block_size, *_native.contiguous(bias), out.view(-1, out.shape[-1])
-    )
-    return out
+def _native_forward(*args: Any) -> Tensor:
+    return torch.ops.peftrt_cpu.nf4_linear.default(*args)
 
 
-def _native_dx(dy: Tensor, *weight: Any) -> Tensor:
-    *codes, _, _, block_size = weight
-    out = _fake_dx(dy, *weight)
-    rows = dy.reshape(-1, dy.shape[-1]).contiguous()
-    torch.ops.peftrt_cpu.nf4_linear_dx(rows, *_native.contiguous(*codes), block_size, out.view(-1, out.shape[-1]))
-    return out
+def _native_dx(*args: Any) -> Tensor:
+    return torch.ops.peftrt_cpu.nf4_linear_dx.default(*args)
 
 
 def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
@@ -113,7 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     weight = (*ctx.saved_tensors, ctx.n, ctx.k, ctx.block_size)
-    dx = torch.ops.peftrt.nf4_linear_dx(dy, *weight) if ctx.needs_input_grad[0] else None
+    dx = _GRAD_INPUT(dy, *weight) if ctx.needs_input_grad[0] else None
     dbias = dy.flatten(end_dim=-2).sum(0) if ctx.needs_input_grad[-1] else None
     return (dx, *(None,) * len(weight), dbias)
 
@@ -121,31 +111,31 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 def _backward_dx(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """dX is linear in dY, with the transposed map: its own gradient is the forward without bias."""
     weight = (*ctx.saved_tensors, ctx.n, ctx.k, ctx.block_size)
-    return (torch.ops.peftrt.nf4_linear(grad, *weight, None), *(None,) * len(weight))
+    return (_FORWARD(grad, *weight, None), *(None,) * len(weight))
 
 
 def _setup_context_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _setup_context(ctx, (*inputs, None), output)
 
 
-define(
+_FORWARD = define(
     f"nf4_linear(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu",)),
+        Backend("native", _native_forward, _native_unsupported, ("cpu",), strict=True),
         Backend("triton", _triton_forward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
     setup_context=_setup_context,
     backward=_backward,
 )
-define(
+_GRAD_INPUT = define(
     f"nf4_linear_dx(Tensor dy, {WEIGHT}) -> Tensor",
     check=_check_dx,
     fake=_fake_dx,
     backends=(
-        Backend("native", _native_dx, _native_unsupported, ("cpu",)),
+        Backend("native", _native_dx, _native_unsupported, ("cpu",), strict=True),
         Backend("triton", _triton_dx, _triton_unsupported, ("cuda",)),
         reference_backend(reference.grad_input),
     ),

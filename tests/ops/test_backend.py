@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 import peftrt
 from peftrt import BackendError, ops
 from peftrt.ops import _define
-from peftrt.ops._backend import NAMES, wishes
+from peftrt.ops._backend import NAMES, Backend, wishes
 from peftrt.ops._weight import weight_args
 from tests.cases import NATIVE, nf4, randn
 from tests.tolerances import assert_close
@@ -21,18 +23,25 @@ W = nf4(6, 64)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def calls() -> Iterator[list[tuple[str, str]]]:
     """Every (operation, backend) that runs, in order."""
     seen: list[tuple[str, str]] = []
-    real = _define.choose
 
-    def choose(op: str, *args: Any) -> Any:
-        choice = real(op, *args)
-        seen.append((op, choice.backend.name if choice.backend else "none"))
-        return choice
+    def noted(op: str, backend: Backend) -> Backend:
+        def run(*args: Any) -> Any:
+            result = backend.run(*args)
+            seen.append((op, backend.name))
+            return result
 
-    monkeypatch.setattr(_define, "choose", choose)
-    return seen
+        return dataclasses.replace(backend, run=run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, op in _define.OPS.items():
+            patch.setitem(op.__dict__, "backends", tuple(noted(name, backend) for backend in op.backends))
+            op.__dict__.pop("strict", None)
+        yield seen
+    for op in _define.OPS.values():
+        op.__dict__.pop("strict", None)
 
 
 def linear() -> Tensor:

@@ -1,0 +1,43 @@
+"""Whether a call is plain eager arithmetic, so that the dispatcher would only hand it on to its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _probes() -> tuple[Callable[[], Any], ...] | None:
+    """What says that a mode, a transform or a tracer listens; None where this torch has no such names."""
+    try:
+        probes = (
+            torch._C._len_torch_dispatch_stack,  # FakeTensorMode, FlopCounterMode, make_fx …
+            torch._C._functorch.peek_interpreter_stack,  # vmap, grad, jvp of torch.func
+            torch._C._get_tracing_state,  # torch.jit.trace
+        )
+        assert forward_ad._current_level == -1
+    except (AttributeError, AssertionError):
+        return None
+    return probes
+
+
+_PROBES = _probes()
+
+
+def alone(args: tuple[Any, ...]) -> bool:
+    """No gradient is recorded, nothing traces, transforms or intercepts, and every tensor is a plain one."""
+    if torch.compiler.is_compiling() or _PROBES is None:
+        return False
+    modes, transforms, tracing = _PROBES
+    if modes() or transforms() is not None or tracing() is not None or forward_ad._current_level >= 0:
+        return False
+    recorded = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or (recorded and arg.requires_grad)):
+            return False
+    return True
