@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NF4Weight, stored_sizes
-from peftrt.ops._define import define, reference_backend
+from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NF4Weight, bytes_float, stored_sizes
+from peftrt.ops import _native
+from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import check_float, expect
 from peftrt.reference import nf4 as reference
 
@@ -15,10 +16,12 @@ def nf4_quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """Quantise a tensor to NF4, in blocks of its flattened elements.
 
     ``code = argmin_c |nf4[c] - w / absmax|`` with ``absmax`` the largest magnitude of the block; a tie goes to the
-    lower level.
+    lower level. On a CPU the native kernel runs; its bytes are the reference's, in every dtype, for any number of threads
+    and for values that are not finite, and it makes no temporary of the weight's size unless the weight has to be made
+    contiguous first.
 
     Args:
-        weight: any shape; fp32, bf16 or fp16; quantised on its device, in chunks.
+        weight: any shape; fp32, bf16 or fp16; quantised on its device.
         block_size: weights that share a scale; a power of two in 32 ... 4096.
         double_quant: store the scales in 8 bits with an fp32 scale for every 256 of them: 4.127 bits a weight instead
             of 4.5.
@@ -49,9 +52,19 @@ def _fake(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, 
     return codes, absmax, nested_absmax, nested_offset
 
 
+def _native_run(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = stored_sizes(weight.numel(), block_size, nested=False)
+    codes, absmax = (weight.new_empty(sizes[field], dtype=torch.uint8) for field in ("codes", "absmax"))
+    torch.ops.peftrt_cpu.nf4_quantize(weight.contiguous(), block_size, codes, absmax)
+    return codes, *reference.store_scales(bytes_float(absmax), double_quant)
+
+
 define(
     "nf4_quantize(Tensor weight, int block_size, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    backends=(reference_backend(reference.quantize),),
+    backends=(
+        Backend("native", _native_run, lambda weight, *_: _native.unsupported(weight, weight.dtype), ("cpu",)),
+        reference_backend(reference.quantize),
+    ),
 )

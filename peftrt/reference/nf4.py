@@ -28,19 +28,29 @@ def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tenso
     chunks = [_quantize_blocks(part, block_size, midpoints(NF4_CODEBOOK)) for part in flat.split(CHUNK)]
     codes = torch.cat([_pack(levels) for levels, _ in chunks])
     absmax = torch.cat([scales for _, scales in chunks])
+    return codes, *store_scales(absmax, double_quant)
+
+
+def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks' magnitudes, fp32 [blocks], as they are stored: absmax, nested_absmax, nested_offset (or empty)."""
     if not double_quant:
-        empty = codes.new_empty(0)
-        return codes, float_bytes(absmax), empty, empty.clone()
+        empty = absmax.new_empty(0, dtype=torch.uint8)
+        return float_bytes(absmax), empty, empty.clone()
     offset = absmax.mean()
     nested_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_BLOCK_SIZE, midpoints(DYNAMIC_CODEBOOK))
-    return codes, nested_codes, float_bytes(nested_absmax), float_bytes(offset.reshape(1))
+    return nested_codes, float_bytes(nested_absmax), float_bytes(offset.reshape(1))
 
 
 def _quantize_blocks(values: Tensor, block_size: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest level of every value, uint8 [numel] (ties go down), and the blocks' largest magnitudes, fp32 [blocks]."""
+    """Nearest level of every value, uint8 [numel] (ties go down), and the blocks' largest magnitudes, fp32 [blocks].
+
+    A block with a NaN has the magnitude NaN and the highest level throughout; one with an infinity has that level where
+    a value is infinite, and the level of zero elsewhere.
+    """
     numel = values.numel()
     padded = torch.nn.functional.pad(values.float(), (0, -numel % block_size)).view(-1, block_size)
     absmax = padded.abs().amax(dim=1)
+    absmax = absmax.where(~absmax.isnan(), math.nan)  # one NaN for all, whatever a reduction makes of their bits
     # by the reciprocal, as bitsandbytes scales: a division would round a few values to the other side of a threshold
     scaled = padded * (1.0 / absmax.clamp(min=SMALLEST_SCALE)).unsqueeze(1)
     levels = torch.bucketize(scaled, thresholds.to(values.device), out_int32=True)
