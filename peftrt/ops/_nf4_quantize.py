@@ -16,12 +16,12 @@ def nf4_quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """Quantise a tensor to NF4, in blocks of its flattened elements.
 
     ``code = argmin_c |nf4[c] - w / absmax|`` with ``absmax`` the largest magnitude of the block; a tie goes to the
-    lower level. On a CPU the native kernel runs; its bytes are the reference's, in every dtype, for any number of threads
-    and for values that are not finite, and it makes no temporary of the weight's size unless the weight has to be made
-    contiguous first.
+    lower level. The native backend (CPU) writes the reference's bytes, also where values are not finite: a block with a
+    NaN has the scale NaN, one with an infinity the scale infinity, and no other block is touched by either.
 
     Args:
-        weight: any shape; fp32, bf16 or fp16; quantised on its device.
+        weight: any shape; fp32, bf16 or fp16; quantised on its device. A weight that is not contiguous is copied whole
+            first; beside that the native backend makes no temporary of the weight's size.
         block_size: weights that share a scale; a power of two in 32 ... 4096.
         double_quant: store the scales in 8 bits with an fp32 scale for every 256 of them: 4.127 bits a weight instead
             of 4.5.
