@@ -32,7 +32,7 @@ def nf4_quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True
 
     Source: QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3; the bytes are bitsandbytes'. Codes of the nested
     scales are the nearest levels; bitsandbytes' CPU build takes a neighbour for about 2 in 1,000, closer than 1e-5 to
-    the midpoint.
+    the midpoint. The offset of nested scales is summed in fp64; bitsandbytes' fp32 sum depends on the thread count.
     """
     return NF4Weight.quantize(weight, block_size, double_quant)
 

@@ -36,9 +36,17 @@ def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor, Te
     if not double_quant:
         empty = absmax.new_empty(0, dtype=torch.uint8)
         return float_bytes(absmax), empty, empty.clone()
-    offset = absmax.mean()
+    offset = _mean(absmax)
     nested_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_BLOCK_SIZE, midpoints(DYNAMIC_CODEBOOK))
-    return nested_codes, float_bytes(nested_absmax), float_bytes(offset.reshape(1))
+    return nested_codes, float_bytes(nested_absmax), float_bytes(offset)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean, fp32 [1]. Summed by rows: a sum of all at once would depend on the number of threads."""
+    sums = values.double()
+    while sums.numel() > 1:
+        sums = torch.nn.functional.pad(sums, (0, -sums.numel() % 256)).view(-1, 256).sum(dim=1)
+    return (sums / values.numel()).float()
 
 
 def _quantize_blocks(values: Tensor, block_size: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
