@@ -34,6 +34,27 @@ def _decoded_rows(weight: NF4Weight, dtype: torch.dtype) -> Iterator[Tensor]:
         yield (codebook[levels.int()] * scales[start : start + CHUNK]).float().to(dtype)
 
 
+def encode(dense: Tensor, block_size: int = 64) -> Tensor:
+    """The packed codes of ``[N, K]``, K a multiple of ``block_size``: each value's nearest level, by the differences.
+
+    The scaled value is the format's own, fp32 times the fp32 reciprocal of the largest magnitude; what is nearest is
+    decided in float64, the lower level of two that are equally near.
+    """
+    codebook = NF4_CODEBOOK.to(dense.device).double()
+    return torch.cat([_encoded(rows.float().view(-1, block_size), codebook) for rows in dense.split(CHUNK // 8)])
+
+
+def _encoded(blocks: Tensor, codebook: Tensor) -> Tensor:
+    scaled = (blocks * (1.0 / blocks.abs().amax(dim=1, keepdim=True))).double()
+    nearest, levels = (scaled - codebook[0]).abs(), torch.zeros_like(blocks, dtype=torch.uint8)
+    for level in range(1, len(codebook)):
+        distance = (scaled - codebook[level]).abs()
+        closer = distance < nearest
+        nearest, levels = nearest.where(~closer, distance), levels.masked_fill(closer, level)
+    flat = levels.view(-1)
+    return (flat[::2] << 4) | flat[1::2]
+
+
 def _scales(weight: NF4Weight) -> Tensor:
     if weight.nested_absmax is None or weight.nested_offset is None:
         return bytes_float(weight.absmax).double()
