@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,24 +36,21 @@ def _decoded_rows(weight: NF4Weight, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def encode(dense: Tensor, block_size: int = 64) -> Tensor:
-    """The packed codes of ``[N, K]``, K a multiple of ``block_size``: each value's nearest level, by the differences.
+    """The packed codes of ``[N, K]``, K a multiple of ``block_size``, as the format defines them in fp32.
 
-    The scaled value is the format's own, fp32 times the fp32 reciprocal of the largest magnitude; what is nearest is
-    decided in float64, the lower level of two that are equally near.
+    The values are scaled by the reciprocal of their block's largest magnitude; a value's level is the number of
+    midpoints between neighbouring levels that are below it.
     """
-    codebook = NF4_CODEBOOK.to(dense.device).double()
-    return torch.cat([_encoded(rows.float().view(-1, block_size), codebook) for rows in dense.split(CHUNK // 8)])
+    return torch.cat([_encoded(rows.float().view(-1, block_size)) for rows in dense.split(CHUNK)])
 
 
-def _encoded(blocks: Tensor, codebook: Tensor) -> Tensor:
-    scaled = (blocks * (1.0 / blocks.abs().amax(dim=1, keepdim=True))).double()
-    nearest, levels = (scaled - codebook[0]).abs(), torch.zeros_like(blocks, dtype=torch.uint8)
-    for level in range(1, len(codebook)):
-        distance = (scaled - codebook[level]).abs()
-        closer = distance < nearest
-        nearest, levels = nearest.where(~closer, distance), levels.masked_fill(closer, level)
-    flat = levels.view(-1)
-    return (flat[::2] << 4) | flat[1::2]
+def _encoded(blocks: Tensor) -> Tensor:
+    scaled = (blocks * (1.0 / blocks.abs().amax(dim=1, keepdim=True))).view(-1)
+    codebook = NF4_CODEBOOK.tolist()
+    levels = torch.zeros_like(scaled, dtype=torch.uint8)
+    for below, above in pairwise(codebook):
+        levels += scaled > torch.tensor((below + above) / 2, dtype=torch.float32)
+    return (levels[::2] << 4) | levels[1::2]
 
 
 def _scales(weight: NF4Weight) -> Tensor:
