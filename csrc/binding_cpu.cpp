@@ -107,6 +107,18 @@ void nf4_quantize(Tensor weight, int64_t block_size, Tensor codes, Tensor absmax
                                       static_cast<uint8_t*>(absmax.mutable_data_ptr()), parallel());
 }
 
+void nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor codes, Tensor nested_absmax) {
+  const char* op = "nf4_quantize_scales";
+  const int64_t blocks = codes.numel(), runs = (blocks + peftrt::kNestedBlock - 1) / peftrt::kNestedBlock;
+  float mean;
+  std::memcpy(&mean, bytes_of(offset, 4, op, "offset"), 4);
+  const uint8_t* scales = bytes_of(absmax, 4 * blocks, op, "absmax");
+  bytes_of(codes, blocks, op, "codes");
+  bytes_of(nested_absmax, 4 * runs, op, "nested_absmax");
+  peftrt::cpu::kernels().nf4_quantize_scales(blocks, scales, mean, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                             static_cast<uint8_t*>(nested_absmax.mutable_data_ptr()), parallel());
+}
+
 // a [m, a_width] times the weight -> out [m, out_width], both contiguous and of one dtype.
 Dtype check_product(const char* op, const char* argument, const Tensor& a, const Tensor& out) {
   check_dense(a, op, argument);
@@ -161,6 +173,7 @@ std::string isa() { return peftrt::cpu::kernels().isa; }
 STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_dequantize(" PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
   m.def("nf4_quantize(Tensor weight, int block_size, Tensor(a!) codes, Tensor(b!) absmax) -> ()");
+  m.def("nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor(a!) codes, Tensor(b!) nested_absmax) -> ()");
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT ", Tensor? bias, Tensor(a!) out) -> ()");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
@@ -170,6 +183,7 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
+  m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
   m.impl("nf4_linear_dx", TORCH_BOX(&nf4_linear_dx));
   m.impl("dropout", TORCH_BOX(&dropout));

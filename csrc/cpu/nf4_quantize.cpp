@@ -1,5 +1,6 @@
 // code[i] = the nearest level of w[i] * (1 / max(absmax[i / G], FLT_MIN)), absmax[b] = max |w[i]| of block b.
 //
+// and the scales of nested statistics likewise: absmax[b] - offset, in blocks of 256, by the 8-bit levels.
 // In fp32 throughout; bf16 and fp16 are converted in registers. Each block is read twice, the second time from L1.
 #include <cmath>
 #include <limits>
@@ -13,6 +14,17 @@ namespace {
 
 constexpr int64_t kTask = 16384;   // weights a task, or one block
 constexpr int64_t kStretch = 512;  // weights whose scales are found before any is encoded, or one block
+
+// One NaN for all, whatever the block's was.
+PEFTRT_INLINE void store_magnitude(uint8_t* to, float found) {
+  store_one(reinterpret_cast<float*>(to), std::isnan(found) ? NAN : found);
+}
+
+// Finite for zeros, so that they stay zeros.
+PEFTRT_INLINE float reciprocal(float magnitude) {
+  constexpr float kSmallest = std::numeric_limits<float>::min();
+  return 1.0f / (magnitude < kSmallest ? kSmallest : magnitude);
+}
 
 template <class T>
 float magnitude(const T* weights, int64_t count) {
@@ -49,10 +61,8 @@ void quantize_stretch(const T* weights, int64_t count, int shift, uint8_t* codes
   const int64_t block = int64_t(1) << shift;
   for (int64_t start = 0; start < count; start += block) {
     const float found = magnitude(weights + start, min64(block, count - start));
-    // One NaN for all, whatever the weight's was; and zeros stay zeros by a finite reciprocal.
-    store_one(reinterpret_cast<float*>(absmax) + (start >> shift), std::isnan(found) ? NAN : found);
-    reciprocals[start >> shift] =
-        1.0f / (found < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : found);
+    store_magnitude(absmax + 4 * (start >> shift), found);
+    reciprocals[start >> shift] = reciprocal(found);
   }
   int64_t i = 0;
   for (; i + 64 <= count; i += 64)
@@ -76,7 +86,46 @@ void quantize(int64_t numel, int block_size, const T* weight, uint8_t* codes, ui
   });
 }
 
+// Midpoints of the 8-bit levels. As with kNf4Thresholds, a level is the number of thresholds that are not at or above.
+struct DynamicThresholds {
+  float value[255];
+};
+constexpr DynamicThresholds make_dynamic_thresholds() {
+  DynamicThresholds made = {};
+  for (int i = 0; i < 255; ++i) made.value[i] = (kDynamic.value[i + 1] + kDynamic.value[i]) / 2;
+  return made;
+}
+constexpr DynamicThresholds kDynamicThresholds = make_dynamic_thresholds();
+
+// One nested block. The search takes the same eight steps for every value, and so many of them at a time.
+void quantize_scales(const uint8_t* absmax, int64_t count, float offset, uint8_t* codes, uint8_t* nested_absmax) {
+  float centred[kNestedBlock] = {0};
+  uint32_t level[kNestedBlock] = {0};
+  to_floats(reinterpret_cast<const float*>(absmax), count, centred);
+  for (int64_t i = 0; i < count; ++i) centred[i] -= offset;
+  const float found = magnitude(centred, kNestedBlock), scale = reciprocal(found);
+  store_magnitude(nested_absmax, found);
+  for (int i = 0; i < kNestedBlock; ++i) centred[i] *= scale;
+  for (int bit = 7; bit >= 0; --bit)
+    for (int i = 0; i < kNestedBlock; ++i) {
+      const float threshold = kDynamicThresholds.value[level[i] + (1u << bit) - 1];
+      level[i] += uint32_t(!(threshold >= centred[i])) << bit;  // no branch: nothing would predict it
+    }
+  for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(level[i]);
+}
+
 }  // namespace
+
+void nf4_quantize_scales(int64_t blocks, const uint8_t* absmax, float offset, uint8_t* codes, uint8_t* nested_absmax,
+                         const Parallel& parallel) {
+  for_ranges(parallel, ceil_div(blocks, kNestedBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t start = run * kNestedBlock;
+      quantize_scales(absmax + 4 * start, min64(kNestedBlock, blocks - start), offset, codes + start,
+                      nested_absmax + 4 * run);
+    }
+  });
+}
 
 void nf4_quantize(Dtype dtype, int64_t numel, int block_size, const void* weight, uint8_t* codes, uint8_t* absmax,
                   const Parallel& parallel) {

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NF4Weight, bytes_float, stored_sizes
+from peftrt.formats.nf4 import (
+    BLOCK_SIZES,
+    FLOAT_DTYPES,
+    NESTED_BLOCK_SIZE,
+    NF4Weight,
+    bytes_float,
+    float_bytes,
+    stored_sizes,
+)
 from peftrt.ops import _native
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import check_float, expect
@@ -53,10 +61,15 @@ def _fake(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, 
 
 
 def _native_run(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = stored_sizes(weight.numel(), block_size, nested=False)
-    codes, absmax = (weight.new_empty(sizes[field], dtype=torch.uint8) for field in ("codes", "absmax"))
+    codes, absmax, *nothing = _fake(weight, block_size, double_quant=False)
     torch.ops.peftrt_cpu.nf4_quantize(weight.contiguous(), block_size, codes, absmax)
-    return codes, *reference.store_scales(bytes_float(absmax), double_quant)
+    if not double_quant:
+        return codes, absmax, nothing[0], nothing[1]
+    offset = float_bytes(reference.mean(bytes_float(absmax)))
+    blocks = absmax.numel() // 4
+    nested_codes, nested_absmax = absmax.new_empty(blocks), absmax.new_empty(4 * -(-blocks // NESTED_BLOCK_SIZE))
+    torch.ops.peftrt_cpu.nf4_quantize_scales(absmax, offset, nested_codes, nested_absmax)
+    return codes, nested_codes, nested_absmax, offset
 
 
 define(

@@ -28,25 +28,20 @@ def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tenso
     chunks = [_quantize_blocks(part, block_size, midpoints(NF4_CODEBOOK)) for part in flat.split(CHUNK)]
     codes = torch.cat([_pack(levels) for levels, _ in chunks])
     absmax = torch.cat([scales for _, scales in chunks])
-    return codes, *store_scales(absmax, double_quant)
-
-
-def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks' magnitudes, fp32 [blocks], as they are stored: absmax, nested_absmax, nested_offset (or empty)."""
     if not double_quant:
-        empty = absmax.new_empty(0, dtype=torch.uint8)
-        return float_bytes(absmax), empty, empty.clone()
-    offset = _mean(absmax)
+        empty = codes.new_empty(0)
+        return codes, float_bytes(absmax), empty, empty.clone()
+    offset = mean(absmax)
     nested_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_BLOCK_SIZE, midpoints(DYNAMIC_CODEBOOK))
-    return nested_codes, float_bytes(nested_absmax), float_bytes(offset)
+    return codes, nested_codes, float_bytes(nested_absmax), float_bytes(offset)
 
 
-def _mean(values: Tensor) -> Tensor:
-    """The mean, fp32 [1]. Summed by rows: a sum of all at once would depend on the number of threads."""
-    sums = values.double()
+def mean(scales: Tensor) -> Tensor:
+    """The offset of nested scales, fp32 [1]. Summed by rows: a sum of all would depend on the number of threads."""
+    sums = scales.double()
     while sums.numel() > 1:
         sums = torch.nn.functional.pad(sums, (0, -sums.numel() % 256)).view(-1, 256).sum(dim=1)
-    return (sums / values.numel()).float()
+    return (sums / scales.numel()).float()
 
 
 def _quantize_blocks(values: Tensor, block_size: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,9 @@ if __name__ == "__main__":
             torch.ops.peftrt_cpu.nf4_dequantize(*weight, out)
             codes, absmax = torch.empty_like(weight[0]), torch.empty(4 * blocks, dtype=torch.uint8)
             torch.ops.peftrt_cpu.nf4_quantize(out, block_size, codes, absmax)
-            for made in (out.view(torch.uint8), codes, absmax):
+            nested = torch.empty_like(weight[1]), torch.empty_like(weight[2])
+            torch.ops.peftrt_cpu.nf4_quantize_scales(absmax, weight[3], *nested)
+            for made in (out.view(torch.uint8), codes, absmax, *nested):
                 digest.update(made.numpy().tobytes())
         for m in (1, 3, 20):
             x, dy = torch.rand(m, k, generator=generator), torch.rand(m, n, generator=generator)

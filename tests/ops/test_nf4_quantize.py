@@ -12,7 +12,8 @@ from torch import Tensor
 
 import peftrt
 from peftrt import ops
-from peftrt.formats.nf4 import BLOCK_SIZES, NF4_CODEBOOK, NF4Weight, bytes_float, midpoints
+from peftrt.formats.nf4 import BLOCK_SIZES, DYNAMIC_CODEBOOK, NF4_CODEBOOK, NF4Weight, bytes_float, midpoints
+from peftrt.reference import nf4 as reference
 from tests.cases import BACKENDS, FLOATS, LAYOUTS, NATIVE, laid_out, randn
 from tests.tolerances import assert_same_bits
 
@@ -110,6 +111,24 @@ def test_every_value_of_two_bytes(dtype: torch.dtype, backend: str) -> None:
     beside_one = torch.ones(2**16, 32, dtype=dtype)
     beside_one[:, ::2] = every[:, None]
     assert_equals_reference(beside_one, 32)
+
+
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_nested_scales_on_every_threshold(backend: str) -> None:
+    """Scales whose differences from an offset of 2 are the 8-bit levels' thresholds, or an ulp beside them."""
+    thresholds = midpoints(DYNAMIC_CODEBOOK)
+    near = thresholds.view(torch.int32)[:, None] + torch.arange(-2, 3, dtype=torch.int32)
+    values = torch.cat([near.view(torch.float32).reshape(-1), torch.linspace(-1, 1, 5000), DYNAMIC_CODEBOOK])
+    values = torch.nn.functional.pad(values, (0, -values.numel() % 255)).view(-1, 255)
+    runs = torch.cat([torch.ones(values.shape[0], 1), values], 1).reshape(-1)[:-100]  # the last run is short
+    for offset, scale in ((0.0, 1.0), (2.0, 1.0), (0.03, 1e-2), (1e30, 1e33)):
+        absmax = runs * scale + offset
+        at, codes = torch.tensor([offset]), torch.empty(runs.numel(), dtype=torch.uint8)
+        nested = codes.new_empty(4 * -(-runs.numel() // 256))
+        torch.ops.peftrt_cpu.nf4_quantize_scales(absmax.view(torch.uint8), at.view(torch.uint8), codes, nested)
+        expected = reference._quantize_blocks(absmax - at, 256, thresholds)
+        assert_same_bits(codes, expected[0])
+        assert_same_bits(bytes_float(nested), expected[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,6 +233,16 @@ def test_the_raw_function_refuses_what_does_not_fit(backend: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=f"nf4_quantize: {message}"):
             torch.ops.peftrt_cpu.nf4_quantize(*args)
+    offset, nested = absmax[:4], absmax[4:8]
+    for message, args in (
+        ("absmax must have 12 bytes, got 8", (absmax[:8], offset, codes[:3], nested)),
+        ("offset must have 4 bytes, got 12", (absmax, absmax, codes[:3], nested)),
+        ("nested_absmax must have 4 bytes, got 8", (absmax, offset, codes[:3], absmax[4:])),
+        ("codes must be uint8", (absmax, offset, codes[:3].view(torch.int8), nested)),
+        ("codes must be a contiguous", (absmax, offset, codes[:6:2], nested)),
+    ):
+        with pytest.raises(RuntimeError, match=f"nf4_quantize_scales: {message}"):
+            torch.ops.peftrt_cpu.nf4_quantize_scales(*args)
     assert not codes.any()
     assert not absmax.any()
     torch.ops.peftrt_cpu.nf4_quantize(weight, 64, codes, absmax)
