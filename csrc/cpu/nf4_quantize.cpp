@@ -1,6 +1,6 @@
-// code[i] = the nearest level of w[i] * (1 / max(absmax[i / G], FLT_MIN)), absmax[b] = max |w[i]| of block b.
+// code[i] = the nearest level of w[i] * (1 / max(absmax[i / G], FLT_MIN)), absmax[b] = max |w[i]| of block b; and the
+// same for nested statistics, of absmax[b] - offset in blocks of 256 by the 8-bit levels.
 //
-// and the scales of nested statistics likewise: absmax[b] - offset, in blocks of 256, by the 8-bit levels.
 // In fp32 throughout; bf16 and fp16 are converted in registers. Each block is read twice, the second time from L1.
 #include <cmath>
 #include <limits>
@@ -28,16 +28,17 @@ PEFTRT_INLINE float reciprocal(float magnitude) {
 
 template <class T>
 float magnitude(const T* weights, int64_t count) {
+  constexpr int64_t kWide = sizeof(F) / sizeof(float);
   F a = zero(), b = zero();
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
+  for (; i + 2 * kWide <= count; i += 2 * kWide) {
     a = max_magnitude(a, load(weights + i));
-    b = max_magnitude(b, load(weights + i + 8));
+    b = max_magnitude(b, load(weights + i + kWide));
   }
   if (i < count) {
-    float rest[16] = {0};
+    float rest[2 * kWide] = {0};
     to_floats(weights + i, count - i, rest);
-    a = max_magnitude(a, loadu(rest)), b = max_magnitude(b, loadu(rest + 8));
+    a = max_magnitude(a, loadu(rest)), b = max_magnitude(b, loadu(rest + kWide));
   }
   return largest(max_magnitude(a, b));
 }
