@@ -18,6 +18,7 @@ constexpr int64_t kPanel = 16;                          // columns a panel, the 
 constexpr int64_t kPanelStride = kPanel * kDepth + 16;  // panels start on different cache sets
 constexpr int64_t kRows = 6;                            // rows of dy a tile
 constexpr int64_t kAhead = 16;                          // rows of W fetched before they are decoded
+constexpr int64_t kTogether = 2;                        // rows of W that are added to a group before it is stored
 constexpr int64_t kMaxRowsOfDy = 504;  // rows of dy at a time: a multiple of 6, its outputs [rows][128] stay in L2
 
 // dy[rows, N] -> packed[slice][row][kDepth] as floats; a tile is six neighbouring rows.
@@ -84,24 +85,43 @@ void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Sca
   for (int64_t row = 0; row < m; ++row) from_floats(acc + row * kColumns, width, out + row * w.k + k0);
 }
 
-// sums[g][m][64] += one row of W times its factors.
-template <class T, int M>
-void add_row(const uint8_t* codes, const float* units, const float* factor, int64_t groups, int64_t ahead,
-             float* sums) {
+// sums[g][m][64] += R rows of W, a whole row of W apart, times their factors[r][m]; units[r]: a scale a 32 weights.
+// The sums of a group stay in registers while its R rows are added: for M > 1, one half of the group after the other.
+template <class T, int M, int R, bool Halves>
+void add_rows(const uint8_t* codes, int64_t row_bytes, const float* units, int64_t row_units, const float* factors,
+              int64_t groups, int64_t ahead, float* sums) {
+  constexpr int kParts = M == 1 ? 1 : 2, kWidth = 8 / kParts;
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, sums += M * kGroup) {
-    __builtin_prefetch(codes + ahead);
-    const F scale = set_halves(units[0], units[1]);
-    F scaled[M];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      F acc[M][kWidth];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) scaled[m] = kIsFloat<T> ? mul(set1(factor[m]), scale) : set1(factor[m]);
-    lookup64(codes, [&](int j, F code) {
-      const F weight = kIsFloat<T> ? code : round_to<T>(mul(code, scale));
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) acc[m][j] = loadu(sums + m * kGroup + 8 * (part * kWidth + j));
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        float* at = sums + m * kGroup + 8 * j;
-        storeu(at, fma(weight, scaled[m], loadu(at)));
+      for (int r = 0; r < R; ++r) {
+        if (part == 0) __builtin_prefetch(codes + r * row_bytes + ahead);
+        const float* unit = units + r * row_units;
+        const F scale = Halves ? set_halves(unit[0], unit[1]) : set1(unit[0]);
+        F scaled[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const F factor = set1(factors[r * M + m]);
+          scaled[m] = kIsFloat<T> ? mul(factor, scale) : factor;
+        }
+        lookup64(codes + r * row_bytes, [&](int j, F code) {
+          if (j / kWidth != part) return;
+          const F weight = kIsFloat<T> ? code : round_to<T>(mul(code, scale));
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) acc[m][j % kWidth] = fma(weight, scaled[m], acc[m][j % kWidth]);
+        });
       }
-    });
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) storeu(sums + m * kGroup + 8 * (part * kWidth + j), acc[m][j]);
+    }
   }
 }
 
@@ -110,27 +130,35 @@ void add_row(const uint8_t* codes, const float* units, const float* factor, int6
 template <class T, int M>
 void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
   constexpr int64_t kSlice = 4096 / M / kGroup;  // groups: 16 KB of sums
-  const int64_t groups = w.k / kGroup;
+  const int64_t groups = w.k / kGroup, row_bytes = w.k / 2;
   for_ranges(parallel, ceil_div(groups, 2), [&](int64_t begin, int64_t end) {
     Scales decoder(w);
     alignas(32) float sums[kSlice * kGroup * M], total[kSlice * kGroup * M];
-    float units[kSlice * 2];
+    float units[kTogether][kSlice * 2], factors[kTogether * M];
     const int64_t last = min64(2 * end, groups);
     for (int64_t first = 2 * begin; first < last; first += kSlice) {
       const int64_t count = min64(kSlice, last - first);
       const int64_t lanes = count * kGroup * M;
       std::memset(total, 0, size_t(lanes) * sizeof(float));
-      for (int64_t n = 0; n < w.n; ++n) {
-        if (n % kDepth == 0) std::memset(sums, 0, size_t(lanes) * sizeof(float));
-        const int64_t start = n * groups + first;
-        decoder.decode(start * 2, count * 2, units);
-        float factor[M];
-        for (int m = 0; m < M; ++m) factor[m] = load_one(dy + m * w.n + n);
-        const int64_t ahead = n + 2 < w.n ? w.k : 0;  // bytes: two rows on
-        add_row<T, M>(w.codes + start * (kGroup / 2), units, factor, count, ahead, sums);
+      for (int64_t n0 = 0; n0 < w.n; n0 += kDepth) {
+        std::memset(sums, 0, size_t(lanes) * sizeof(float));
+        const int64_t stop = min64(n0 + kDepth, w.n);
+        for (int64_t n = n0; n < stop;) {
+          const int64_t rows = n + kTogether <= stop ? kTogether : 1;
+          for (int64_t r = 0; r < rows; ++r) {
+            decoder.decode(((n + r) * groups + first) * 2, count * 2, units[r]);
+            for (int m = 0; m < M; ++m) factors[r * M + m] = load_one(dy + m * w.n + n + r);
+          }
+          const int64_t ahead = n + 2 * rows <= w.n ? rows * row_bytes : 0;
+          const auto add_some =
+              rows == 1 ? (w.block_size == 32 ? add_rows<T, M, 1, true> : add_rows<T, M, 1, false>)
+                        : (w.block_size == 32 ? add_rows<T, M, kTogether, true> : add_rows<T, M, kTogether, false>);
+          add_some(w.codes + (n * groups + first) * (kGroup / 2), row_bytes, units[0], kSlice * 2, factors, count,
+                   ahead, sums);
+          n += rows;
+        }
         // Sums of 256, then the sum of those: one chain over all of N would lose accuracy.
-        if (n % kDepth == kDepth - 1 || n == w.n - 1)
-          for (int64_t i = 0; i < lanes; i += 8) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
+        for (int64_t i = 0; i < lanes; i += 8) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
       }
       for (int m = 0; m < M; ++m)
         for (int64_t g = 0; g < count; ++g) {
