@@ -74,8 +74,8 @@ class Scales {
   void load_run(int64_t run) {
     if (run == run_) return;
     const F nested = set1(load_float(w_.nested_absmax, run)), offset = set1(w_.nested_offset);
-    alignas(32) float values[256];
-    for (int i = 0; i < 256; i += 8) storeu(values + i, add(mul(loadu(kDynamic.value + i), nested), offset));
+    alignas(sizeof(F)) float values[256];
+    for (int i = 0; i < 256; i += kLanes) storeu(values + i, add(mul(loadu(kDynamic.value + i), nested), offset));
     for (int i = 0; i < 256; ++i) table_[i][0] = table_[i][1] = canonical(values[i]);
     run_ = run;
   }
