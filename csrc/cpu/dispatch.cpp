@@ -18,6 +18,17 @@ PEFTRT_DECLARE_OPS(portable)
 static const Kernels kPortable = {"portable", portable::nf4_dequantize, portable::nf4_linear, portable::nf4_linear_dx,
                                   portable::dropout};
 
+#if defined(PEFTRT_HAS_AVX512)
+PEFTRT_DECLARE_OPS(avx512)
+static const Kernels kAvx512 = {"avx512", avx512::nf4_dequantize, avx512::nf4_linear, avx512::nf4_linear_dx,
+                                avx512::dropout};
+static bool runs_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 #if defined(PEFTRT_HAS_AVX2)
 PEFTRT_DECLARE_OPS(avx2)
 static const Kernels kAvx2 = {"avx2", avx2::nf4_dequantize, avx2::nf4_linear, avx2::nf4_linear_dx, avx2::dropout};
@@ -29,6 +40,9 @@ static bool runs_avx2() {
 
 const Kernels* kernels_for(const char* isa) {
   if (std::strcmp(isa, "portable") == 0) return &kPortable;
+#if defined(PEFTRT_HAS_AVX512)
+  if (std::strcmp(isa, "avx512") == 0 && runs_avx512()) return &kAvx512;
+#endif
 #if defined(PEFTRT_HAS_AVX2)
   if (std::strcmp(isa, "avx2") == 0 && runs_avx2()) return &kAvx2;
 #endif
@@ -40,7 +54,10 @@ static const Kernels& choose() {
   if (forced != nullptr && *forced != '\0') {
     if (const Kernels* found = kernels_for(forced)) return *found;
   }
-  if (const Kernels* found = kernels_for("avx2")) return *found;
+  constexpr const char* kBestFirst[] = {"avx512", "avx2"};
+  for (const char* isa : kBestFirst) {
+    if (const Kernels* found = kernels_for(isa)) return *found;
+  }
   return kPortable;
 }
 

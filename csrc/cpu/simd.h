@@ -1,7 +1,7 @@
 // kLanes floats at a time: the only thing that differs between instruction sets, chosen by a macro of the build.
 //
 // Each simd_<isa>.h defines, in namespace peftrt::cpu::<isa>:
-//   kLanes                                   floats a vector
+//   kLanes                                   floats a vector: 8 or 16
 //   F                                        a vector of kLanes floats
 //   kMicroRows2, kMicroRows1                 rows of a micro-kernel two vectors or one wide, that fill the registers
 //   zero, set1, loadu, storeu, add, mul, fma  (a * b + c; fused where the hardware has it)
@@ -20,7 +20,9 @@
 //                                             F) has elements kLanes * j and on; s0 scales the first 32, s1 the rest
 #pragma once
 
-#if defined(PEFTRT_ISA_AVX2)
+#if defined(PEFTRT_ISA_AVX512)
+#include "cpu/simd_avx512.h"
+#elif defined(PEFTRT_ISA_AVX2)
 #include "cpu/simd_avx2.h"
 #else
 #include "cpu/simd_portable.h"
