@@ -31,7 +31,11 @@ WARNING_FLAGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wn
 
 # Every op file in csrc/cpu is compiled once for each of these; the choice falls at run time, by CPUID.
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"portable": (), "avx2": ("-mavx2", "-mfma", "-mf16c")},
+    "x86_64": {
+        "portable": (),
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    },
     "other": {"portable": ()},
 }
 

@@ -30,7 +30,7 @@ inline void decode_group(const Weight& w, int64_t start, const float* units, flo
     std::memcpy(staged, codes, size_t((left + 1) / 2));
     codes = staged;
   }
-  decode64<T>(codes, units[0], left > 32 ? units[1] : units[0], [&](int j, F v) { storeu(out + 8 * j, v); });
+  decode64<T>(codes, units[0], left > 32 ? units[1] : units[0], [&](int j, F v) { storeu(out + kLanes * j, v); });
 }
 
 // Weights [start, start + count) of the flat tensor into out; units = decoded scales of units_of(start, count).
@@ -39,7 +39,7 @@ inline void decode_span(const Weight& w, int64_t start, int64_t count, const flo
   const int64_t end = start + count;
   int64_t group = start / kGroup * kGroup;
   const auto part = [&](int64_t from, int64_t to) {
-    alignas(32) float whole[kGroup];
+    alignas(sizeof(F)) float whole[kGroup];
     decode_group<T>(w, group, units, whole);
     std::memcpy(out + (group + from - start), whole + from, size_t(to - from) * sizeof(float));
   };
@@ -49,7 +49,7 @@ inline void decode_span(const Weight& w, int64_t start, int64_t count, const flo
   }
   for (; group + kGroup <= end; group += kGroup, units += 2) {
     float* to = out + (group - start);
-    decode64<T>(w.codes + group / 2, units[0], units[1], [&](int j, F v) { storeu(to + 8 * j, v); });
+    decode64<T>(w.codes + group / 2, units[0], units[1], [&](int j, F v) { storeu(to + kLanes * j, v); });
   }
   if (group < end) part(0, end - group);
 }

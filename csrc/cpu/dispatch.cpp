@@ -2,9 +2,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/kernels.h"
 
-#define PEFTRT_DECLARE_OPS(isa)                                                                     \
+// The operations of one instruction set, and their table.
+#define PEFTRT_DEFINE_KERNELS(isa)                                                                  \
   namespace isa {                                                                                   \
   void nf4_dequantize(const Weight&, Dtype, void*, const Parallel&);                                \
   void nf4_quantize(Dtype, int64_t, int, const void*, uint8_t*, uint8_t*, const Parallel&);         \
@@ -12,29 +17,47 @@
   void nf4_linear(const Weight&, Dtype, int64_t, const void*, const void*, void*, const Parallel&); \
   void nf4_linear_dx(const Weight&, Dtype, int64_t, const void*, void*, const Parallel&);           \
   void dropout(Dtype, int64_t, uint64_t, uint32_t, float, const void*, void*, const Parallel&);     \
+  static const Kernels kernels = {#isa,       nf4_dequantize, nf4_quantize, nf4_quantize_scales,    \
+                                  nf4_linear, nf4_linear_dx,  dropout};                             \
   }
 
 namespace peftrt::cpu {
 
-PEFTRT_DECLARE_OPS(portable)
-static const Kernels kPortable = {
-    "portable",           portable::nf4_dequantize, portable::nf4_quantize, portable::nf4_quantize_scales,
-    portable::nf4_linear, portable::nf4_linear_dx,  portable::dropout};
+PEFTRT_DEFINE_KERNELS(portable)
 
-#if defined(PEFTRT_HAS_AVX2)
-PEFTRT_DECLARE_OPS(avx2)
-static const Kernels kAvx2 = {"avx2",           avx2::nf4_dequantize, avx2::nf4_quantize, avx2::nf4_quantize_scales,
-                              avx2::nf4_linear, avx2::nf4_linear_dx,  avx2::dropout};
-static bool runs_avx2() {
+#if defined(PEFTRT_HAS_AVX512)
+PEFTRT_DEFINE_KERNELS(avx512)
+static bool runs_avx512() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
-const Kernels* kernels_for(const char* isa) {
-  if (std::strcmp(isa, "portable") == 0) return &kPortable;
 #if defined(PEFTRT_HAS_AVX2)
-  if (std::strcmp(isa, "avx2") == 0 && runs_avx2()) return &kAvx2;
+PEFTRT_DEFINE_KERNELS(avx2)
+static bool runs_avx2() {
+  __builtin_cpu_init();
+  unsigned a = 0, b = 0, c = 0, d = 0;  // Clang's __builtin_cpu_supports does not know f16c
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+#if defined(PEFTRT_HAS_NEON)
+PEFTRT_DEFINE_KERNELS(neon)
+#endif
+
+const Kernels* kernels_for(const char* isa) {
+  if (std::strcmp(isa, "portable") == 0) return &portable::kernels;
+#if defined(PEFTRT_HAS_AVX512)
+  if (std::strcmp(isa, "avx512") == 0 && runs_avx512()) return &avx512::kernels;
+#endif
+#if defined(PEFTRT_HAS_AVX2)
+  if (std::strcmp(isa, "avx2") == 0 && runs_avx2()) return &avx2::kernels;
+#endif
+#if defined(PEFTRT_HAS_NEON)
+  if (std::strcmp(isa, "neon") == 0) return &neon::kernels;  // every aarch64 has it
 #endif
   return nullptr;
 }
@@ -44,8 +67,11 @@ static const Kernels& choose() {
   if (forced != nullptr && *forced != '\0') {
     if (const Kernels* found = kernels_for(forced)) return *found;
   }
-  if (const Kernels* found = kernels_for("avx2")) return *found;
-  return kPortable;
+  constexpr const char* kBestFirst[] = {"avx512", "avx2", "neon"};
+  for (const char* isa : kBestFirst) {
+    if (const Kernels* found = kernels_for(isa)) return *found;
+  }
+  return portable::kernels;
 }
 
 const Kernels& kernels() {

@@ -37,7 +37,7 @@ template <class T>
 void dropout_typed(int64_t numel, uint64_t seed, uint32_t threshold, float keep_share, const T* x, T* out,
                    const Parallel& parallel) {
   for_ranges(parallel, ceil_div(numel, kChunk), [&](int64_t begin, int64_t end) {
-    alignas(32) float floats[kChunk];
+    alignas(sizeof(F)) float floats[kChunk];
     for (int64_t start = begin * kChunk; start < min64(end * kChunk, numel); start += kChunk) {
       const int64_t count = min64(kChunk, numel - start);
       to_floats(x + start, count, floats);

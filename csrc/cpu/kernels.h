@@ -51,7 +51,7 @@ struct Kernels {
                   void* out, const Parallel& parallel);
 };
 
-// The best variant this CPU runs; PEFTRT_CPU_ISA=portable in the environment, read once, forces the plain one.
+// The best variant this CPU runs. PEFTRT_CPU_ISA in the environment, read once, names another that it runs.
 const Kernels& kernels();
 
 // A named variant, or null when it is not compiled in or this CPU cannot run it.

@@ -1,30 +1,32 @@
 // y = x W^T for more than a few rows of x: decoding is the packing step of an outer-product matrix multiplication.
 //
-// x is packed transposed, [tiles of 16 rows][K][16]. Rows of W are decoded a panel [rows][256] at a time into L1 or L2
-// and are the scalars of the micro-kernel (micro.h); its outputs, transposed, gather in [tiles][rows][16] over K and
-// are written with the bias at the end. Neither W nor a transpose of it is ever stored whole. Threads split N.
+// x is packed transposed, [tiles of kTile rows][K][kTile]. Rows of W are decoded a panel [rows][kDepth] at a time into
+// L1 or L2 and are the scalars of the micro-kernel (micro.h); its outputs, transposed, gather in [tiles][rows][kTile]
+// over K and are written with the bias at the end. Neither W nor a transpose of it is ever stored whole. Threads split
+// N.
 #pragma once
 
 #include "cpu/linear_rows.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
 
-constexpr int64_t kDepth = 256;        // k of a panel: 16 lanes of x are then 16 KB, half an L1
-constexpr int64_t kDepthStride = 272;  // and its rows do not fall on the same cache sets
-constexpr int64_t kMaxRowsOfX = 512;   // rows of x packed at a time: a panel's outputs stay in L2
+constexpr int kTile = 2 * kLanes;              // rows of x a tile: two vectors
+constexpr int64_t kDepth = 4096 / kTile;       // k of a panel: a tile of x is then 16 KB, half an L1
+constexpr int64_t kDepthStride = kDepth + 16;  // and its rows do not fall on the same cache sets
+constexpr int64_t kMaxRowsOfX = 512;           // rows of x packed at a time: a panel's outputs stay in L2
 
-// A tile is 16 rows of x, or 8 when no more than 8 are left. Tiles lie one after the other in the packed x.
+// A tile is kTile rows of x, or half as many when no more are left. Tiles lie one after the other in the packed x.
 struct Tile {
   int64_t first;
   int lanes;
 };
-inline Tile tile_at(int64_t tile, int64_t m) { return {tile * 16, m - tile * 16 <= 8 ? 8 : 16}; }
+inline Tile tile_at(int64_t tile, int64_t m) { return {tile * kTile, m - tile * kTile <= kLanes ? kLanes : kTile}; }
 
 template <class T>
 void pack_x(const Weight& w, int64_t m, const T* x, float* packed, const Parallel& parallel) {
   constexpr int64_t kSlice = 512;
   const int64_t slices = ceil_div(w.k, kSlice);
-  for_ranges(parallel, ceil_div(m, 16) * slices, [&](int64_t begin, int64_t end) {
+  for_ranges(parallel, ceil_div(m, kTile) * slices, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = tile_at(task / slices, m);
       const int64_t k = task % slices * kSlice;
@@ -38,20 +40,20 @@ void pack_x(const Weight& w, int64_t m, const T* x, float* packed, const Paralle
 template <class T>
 void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, int64_t n, const T* bias,
                 T* out) {
-  for (int first = 0; first < tile.lanes; first += 8) {
-    const int64_t present = min64(8, m - tile.first - first);
-    for (int64_t i = 0; i < rows; i += 8) {
-      const int64_t width = min64(8, rows - i);
-      F r[8];
-      for (int j = 0; j < 8; ++j)
+  for (int first = 0; first < tile.lanes; first += kLanes) {
+    const int64_t present = min64(kLanes, m - tile.first - first);
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const int64_t width = min64(kLanes, rows - i);
+      F r[kLanes];
+      for (int j = 0; j < kLanes; ++j)
         r[j] = j < width ? add(loadu(ct + (i + j) * tile.lanes + first), set1(bias_at(bias, n0 + i + j))) : zero();
-      transpose8(r);
+      transpose(r);
       for (int64_t j = 0; j < present; ++j) {
         T* to = out + (tile.first + first + j) * n + n0 + i;
-        if (width == 8) {
+        if (width == kLanes) {
           store(to, r[j]);
         } else {
-          alignas(32) float line[8];
+          alignas(sizeof(F)) float line[kLanes];
           storeu(line, r[j]);
           from_floats(line, width, to);
         }
@@ -63,14 +65,14 @@ void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int6
 // ct (+)= decoded rows of W times one tile of x, over one depth of K.
 inline void multiply_tile(const Tile& tile, int64_t rows, int64_t depth, const float* weights, const float* x,
                           float* ct, bool add_to_ct) {
-  const int step = tile.lanes == 8 ? 12 : 6;
+  const int step = tile.lanes == kLanes ? kMicroRows1 : kMicroRows2;
   for (int64_t i = 0; i < rows; i += step) {
     const float* s = weights + i * kDepthStride;
     float* c = ct + i * tile.lanes;
-    if (tile.lanes == 8)
-      micro_rows<12, 1>(min64(12, rows - i), depth, s, kDepthStride, x, c, 8, add_to_ct);
+    if (tile.lanes == kLanes)
+      micro_rows<kMicroRows1, 1>(min64(kMicroRows1, rows - i), depth, s, kDepthStride, x, c, kLanes, add_to_ct);
     else
-      micro_rows<6, 2>(min64(6, rows - i), depth, s, kDepthStride, x, c, 16, add_to_ct);
+      micro_rows<kMicroRows2, 2>(min64(kMicroRows2, rows - i), depth, s, kDepthStride, x, c, kTile, add_to_ct);
   }
 }
 
@@ -86,11 +88,11 @@ inline void fetch_next_panel(const Weight& w, int64_t row, int64_t k, int64_t ne
 
 template <class T>
 void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bias, T* out, const Parallel& parallel) {
-  const int64_t tiles = ceil_div(m, 16);
+  const int64_t tiles = ceil_div(m, kTile);
   const int64_t chunk = m <= 32 ? 24 : 96;  // rows of W a panel, a multiple of 12: in L1 for few tiles, else in L2
   for_ranges(parallel, ceil_div(w.n, chunk), [&](int64_t begin, int64_t end) {
     Scales decoder(w);
-    Scratch<float> weights(chunk * kDepthStride), ct(chunk * tiles * 16), units(chunk * w.k / 32 + 4);
+    Scratch<float> weights(chunk * kDepthStride), ct(chunk * tiles * kTile), units(chunk * w.k / 32 + 4);
     for (int64_t n0 = begin * chunk; n0 < min64(end * chunk, w.n); n0 += chunk) {
       const int64_t rows = min64(chunk, w.n - n0);
       const Units range = units_of(w, n0 * w.k, rows * w.k);
@@ -106,11 +108,11 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
         for (int64_t t = 0; t < tiles; ++t) {
           const Tile tile = tile_at(t, m);
           multiply_tile(tile, rows, depth, weights.get(), packed + tile.first * w.k + k * tile.lanes,
-                        ct.get() + t * 16 * chunk, k > 0);
+                        ct.get() + t * kTile * chunk, k > 0);
         }
       }
       for (int64_t t = 0; t < tiles; ++t)
-        write_tile(tile_at(t, m), m, ct.get() + t * 16 * chunk, rows, n0, w.n, bias, out);
+        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, bias, out);
     }
   });
 }

@@ -22,7 +22,7 @@ template <class T>
 void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
   for (int64_t g = 0; g < k / kGroup; ++g)
     for (int64_t m = 0; m < rows; ++m) {
-      alignas(32) float natural[kGroup];
+      alignas(sizeof(F)) float natural[kGroup];
       to_floats(x + m * k + g * kGroup, kGroup, natural);
       to_lookup_order(natural, permuted + (g * rows + m) * kGroup);
     }
@@ -34,20 +34,20 @@ PEFTRT_INLINE void dot_groups(const uint8_t* codes, const ScaleAt& scale_at, con
                               int64_t ahead, float* sums) {
   F acc[M];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) acc[m] = loadu(sums + 8 * m);
+  for (int m = 0; m < M; ++m) acc[m] = loadu(sums + kLanes * m);
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, x += M * kGroup) {
     // Slices of rows are not a stream that the hardware follows: the next block of rows is asked for here.
     __builtin_prefetch(codes + ahead, 0, 2);
     const F scale = scale_at(g);
     // Several short chains of additions where registers allow: the window of a core then holds more groups.
     constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;
-    constexpr int kLength = 8 / kChains;
+    constexpr int kLength = int(kGroup) / kLanes / kChains;
     F part[kChains][M] = {};
     lookup64(codes, [&](int j, F code) {
       const F weight = kIsFloat<T> ? code : round_to<T>(mul(code, scale));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const F lane = loadu(x + m * kGroup + 8 * j);
+        const F lane = loadu(x + m * kGroup + kLanes * j);
         part[j / kLength][m] = j % kLength == 0 ? mul(weight, lane) : fma(weight, lane, part[j / kLength][m]);
       }
     });
@@ -60,7 +60,7 @@ PEFTRT_INLINE void dot_groups(const uint8_t* codes, const ScaleAt& scale_at, con
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) storeu(sums + 8 * m, acc[m]);
+  for (int m = 0; m < M; ++m) storeu(sums + kLanes * m, acc[m]);
 }
 
 // A row of W from group `first` of the tensor on: split where the statistics change runs.
@@ -102,7 +102,7 @@ void linear_groups(const Weight& w, const T* x, const T* bias, T* out, const Par
   permute_x(w.k, M, x, permuted.get());
   for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
     Scales scales(w);
-    alignas(32) float sums[kRows][M * 8];
+    alignas(sizeof(F)) float sums[kRows][M * kLanes];
     for (int64_t n0 = begin * kRows; n0 < min64(end * kRows, w.n); n0 += kRows) {
       const int64_t rows = min64(kRows, w.n - n0);
       std::memset(sums, 0, sizeof sums);
@@ -113,7 +113,7 @@ void linear_groups(const Weight& w, const T* x, const T* bias, T* out, const Par
                         ahead, sums[i]);
       for (int64_t i = 0; i < rows; ++i)
         for (int m = 0; m < M; ++m)
-          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + 8 * m)) + bias_at(bias, n0 + i));
+          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + kLanes * m)) + bias_at(bias, n0 + i));
     }
   });
 }
@@ -123,7 +123,7 @@ void dot_span(const float* weights, const float* x, int64_t ld, int64_t count, f
   F acc[M];
   for (int m = 0; m < M; ++m) acc[m] = zero();
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
+  for (; i + kLanes <= count; i += kLanes) {
     const F weight = loadu(weights + i);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) acc[m] = fma(weight, loadu(x + m * ld + i), acc[m]);
@@ -142,7 +142,7 @@ void linear_any_k(const Weight& w, const T* x, const T* bias, T* out, const Para
   to_floats(x, M * w.k, floats.get());
   for_ranges(parallel, w.n, [&](int64_t begin, int64_t end) {
     Scales decoder(w);
-    alignas(32) float weights[kSpan];
+    alignas(sizeof(F)) float weights[kSpan];
     float units[kSpan / 32 + 4];
     for (int64_t n = begin; n < end; ++n) {
       float sums[M] = {0.0f};

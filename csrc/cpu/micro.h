@@ -1,16 +1,16 @@
 // The outer-product micro-kernel that forward and dX share, and the packing of what goes into it.
 //
-//   C[i, v] (+)= sum_p S[i, p] * B[p, v]      i < R rows of scalars, v < 8 V lanes, p < depth
+//   C[i, v] (+)= sum_p S[i, p] * B[p, v]      i < R rows of scalars, v < kLanes * V lanes, p < depth
 //
-// S is row-major with stride ld_s, B is [depth][8 V] packed, C is row-major with stride ld_c. Forward: S = decoded
-// weights (rows n), B = x transposed (lanes m). dX: S = dy (rows m), B = decoded weights (lanes k).
+// S is row-major with stride ld_s, B is [depth][kLanes * V] packed, C is row-major with stride ld_c. Forward: S =
+// decoded weights (rows n), B = x transposed (lanes m). dX: S = dy (rows m), B = decoded weights (lanes k).
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
 
-// R x V = 6 x 2 or 12 x 1 accumulators fill the registers of AVX2; the pragmas keep GCC from spilling them.
+// R x V accumulators fill the registers (kMicroRows2 x 2 or kMicroRows1 x 1); the pragmas keep GCC from spilling them.
 template <int R, int V>
 inline void micro(int64_t depth, const float* s, int64_t ld_s, const float* b, float* c, int64_t ld_c, bool add_to_c) {
   F acc[R][V];
@@ -21,7 +21,7 @@ inline void micro(int64_t depth, const float* s, int64_t ld_s, const float* b, f
   for (int64_t p = 0; p < depth; ++p) {
     F lane[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) lane[v] = loadu(b + p * 8 * V + 8 * v);
+    for (int v = 0; v < V; ++v) lane[v] = loadu(b + p * kLanes * V + kLanes * v);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const F scalar = set1(s[i * ld_s + p]);
@@ -33,7 +33,7 @@ inline void micro(int64_t depth, const float* s, int64_t ld_s, const float* b, f
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      float* at = c + i * ld_c + 8 * v;
+      float* at = c + i * ld_c + kLanes * v;
       storeu(at, add_to_c ? add(loadu(at), acc[i][v]) : acc[i][v]);
     }
 }
@@ -65,32 +65,32 @@ PEFTRT_INLINE void store_one(T* to, float value) {
 // `count` elements as floats, and back; nothing past them is touched.
 template <class T>
 inline void to_floats(const T* from, int64_t count, float* to) {
-  const int64_t whole = count / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8) storeu(to + i, load(from + i));
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) storeu(to + i, load(from + i));
   for (int64_t i = 0; i < count - whole; ++i) to[whole + i] = load_one(from + whole + i);
 }
 
 template <class T>
 inline void from_floats(const float* from, int64_t count, T* to) {
-  const int64_t whole = count / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8) store(to + i, loadu(from + i));
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(to + i, loadu(from + i));
   for (int64_t i = 0; i < count - whole; ++i) store_one(to + whole + i, from[whole + i]);
 }
 
 // x[0 .. rows, k0 .. k0 + depth) with row stride ld -> packed[p][lanes], lanes of rows past the last are zero.
 template <class T>
 inline void pack_transposed(const T* x, int64_t ld, int64_t rows, int64_t depth, int lanes, float* packed) {
-  for (int first = 0; first < lanes; first += 8) {
-    const int64_t present = rows - first < 0 ? 0 : (rows - first < 8 ? rows - first : 8);
+  for (int first = 0; first < lanes; first += kLanes) {
+    const int64_t present = rows - first < 0 ? 0 : (rows - first < kLanes ? rows - first : kLanes);
     int64_t p = 0;
-    for (; p + 8 <= depth; p += 8) {
-      F r[8];
-      for (int i = 0; i < 8; ++i) r[i] = i < present ? load(x + (first + i) * ld + p) : zero();
-      transpose8(r);
-      for (int i = 0; i < 8; ++i) storeu(packed + (p + i) * lanes + first, r[i]);
+    for (; p + kLanes <= depth; p += kLanes) {
+      F r[kLanes];
+      for (int i = 0; i < kLanes; ++i) r[i] = i < present ? load(x + (first + i) * ld + p) : zero();
+      transpose(r);
+      for (int i = 0; i < kLanes; ++i) storeu(packed + (p + i) * lanes + first, r[i]);
     }
     for (; p < depth; ++p)
-      for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < kLanes; ++i)
         packed[p * lanes + first + i] = i < present ? load_one(x + (first + i) * ld + p) : 0.0f;
   }
 }

@@ -19,10 +19,10 @@ void dequantize_chunk(const Weight& w, int64_t start, int64_t count, Scales& dec
   for (; i + kGroup <= count; i += kGroup) {
     // Rounding is the store's.
     decode64<float>(w.codes + (start + i) / 2, units[i / 32], units[i / 32 + 1],
-                    [&](int j, F v) { store(out + start + i + 8 * j, v); });
+                    [&](int j, F v) { store(out + start + i + kLanes * j, v); });
   }
   if (i < count) {
-    alignas(32) float last[kGroup];
+    alignas(sizeof(F)) float last[kGroup];
     decode_group<float>(w, start + i, units + i / 32, last);
     from_floats(last, count - i, out + start + i);
   }

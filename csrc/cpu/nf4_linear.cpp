@@ -31,7 +31,7 @@ void linear(const Weight& w, int64_t m, const T* x, const T* bias, T* out, const
       for (int64_t n = 0; n < w.n; ++n) store_one(out + row * w.n + n, bias_at(bias, n));
     return;
   }
-  Scratch<float> packed(ceil_div(min64(m, kMaxRowsOfX), 16) * 16 * w.k);
+  Scratch<float> packed(ceil_div(min64(m, kMaxRowsOfX), kTile) * kTile * w.k);
   for (int64_t first = 0; first < m; first += kMaxRowsOfX) {
     const int64_t rows = min64(kMaxRowsOfX, m - first);
     pack_x(w, rows, x + first * w.k, packed.get(), parallel);

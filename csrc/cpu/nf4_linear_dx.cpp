@@ -1,9 +1,9 @@
 // out[m, k] = sum_n dy[m, n] * W[n, k], W decoded to dy's dtype, products summed in fp32.
 //
 // From the same bytes as the forward, without a transposed copy: W is row-major in n, so its k run along the lanes.
-// Threads split K. dy is packed once, [N / 256][tiles of up to 6 rows][256]; then, for each 128 columns, 256 rows of W
-// are decoded into eight panels [256][16] (128 KB, in L2) and every tile of dy is multiplied with every panel. An
-// output's sum has the same order whatever the thread count and M.
+// Threads split K. dy is packed once, [N / kDepth][tiles of up to kRows rows][kDepth]; then, for each 128 columns,
+// kDepth rows of W are decoded into panels [kDepth][kPanel] (at most 128 KB, in L2) and every tile of dy is multiplied
+// with every panel. An output's sum has the same order whatever the thread count and M.
 #include "cpu/decode.h"
 #include "cpu/micro.h"
 #include "cpu/parallel.h"
@@ -12,16 +12,16 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 namespace {
 
-constexpr int64_t kDepth = 256;                         // rows of W a panel
+constexpr int64_t kDepth = 2048 / kLanes;               // rows of W a panel: 16 KB, half an L1
 constexpr int64_t kColumns = 128;                       // columns decoded together: a cache line of codes
-constexpr int64_t kPanel = 16;                          // columns a panel, the lanes of the micro-kernel
+constexpr int64_t kPanel = 2 * kLanes;                  // columns a panel, the lanes of the micro-kernel
 constexpr int64_t kPanelStride = kPanel * kDepth + 16;  // panels start on different cache sets
-constexpr int64_t kRows = 6;                            // rows of dy a tile
+constexpr int64_t kRows = kMicroRows2;                  // rows of dy a tile
 constexpr int64_t kAhead = 16;                          // rows of W fetched before they are decoded
 constexpr int64_t kTogether = 2;                        // rows of W that are added to a group before it is stored
 constexpr int64_t kMaxRowsOfDy = 504;  // rows of dy at a time: a multiple of 6, its outputs [rows][128] stay in L2
 
-// dy[rows, N] -> packed[slice][row][kDepth] as floats; a tile is six neighbouring rows.
+// dy[rows, N] -> packed[slice][row][kDepth] as floats; a tile is kRows neighbouring rows.
 template <class T>
 void pack_dy(int64_t n, int64_t rows, const T* dy, float* packed, const Parallel& parallel) {
   for_ranges(parallel, ceil_div(n, kDepth) * rows, [&](int64_t begin, int64_t end) {
@@ -32,7 +32,7 @@ void pack_dy(int64_t n, int64_t rows, const T* dy, float* packed, const Parallel
   });
 }
 
-// W[n0 .. n0 + depth, k0 .. k0 + width) -> panels[width / 16][kDepth][16]; columns past the width are zero.
+// W[n0 .. n0 + depth, k0 .. k0 + width) -> panels[width / kPanel][kDepth][kPanel]; columns past the width are zero.
 template <class T>
 void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64_t width, Scales& decoder,
                    float* panels) {
@@ -47,12 +47,13 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
         const int64_t start = (n0 + p) * w.k + k0 + column;
         const float s0 = decoder.of_block(start >> shift), s1 = shift == 5 ? decoder.of_block((start >> 5) + 1) : s0;
         float* to = panels + column / kPanel * kPanelStride + p * kPanel;
-        decode64<T>(w.codes + start / 2, s0, s1, [&](int j, F v) { storeu(to + j / 2 * kPanelStride + j % 2 * 8, v); });
+        decode64<T>(w.codes + start / 2, s0, s1,
+                    [&](int j, F v) { storeu(to + j / 2 * kPanelStride + j % 2 * kLanes, v); });
       }
     }
     return;
   }
-  alignas(32) float line[kColumns];
+  alignas(sizeof(F)) float line[kColumns];
   float units[kColumns / 32 + 4];
   for (int64_t i = width; i < kColumns; ++i) line[i] = 0.0f;
   for (int64_t p = 0; p < depth; ++p) {
@@ -63,7 +64,7 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
     for (int64_t column = 0; column < width; column += kPanel) {
       float* to = panels + column / kPanel * kPanelStride + p * kPanel;
       storeu(to, loadu(line + column));
-      storeu(to + 8, loadu(line + column + 8));
+      storeu(to + kLanes, loadu(line + column + kLanes));
     }
   }
 }
@@ -90,7 +91,7 @@ void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Sca
 template <class T, int M, int R, bool Halves>
 void add_rows(const uint8_t* codes, int64_t row_bytes, const float* units, int64_t row_units, const float* factors,
               int64_t groups, int64_t ahead, float* sums) {
-  constexpr int kParts = M == 1 ? 1 : 2, kWidth = 8 / kParts;
+  constexpr int kParts = M == 1 ? 1 : 2, kWidth = int(kGroup) / kLanes / kParts;
   for (int64_t g = 0; g < groups; ++g, codes += kGroup / 2, units += 2, sums += M * kGroup) {
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
@@ -98,7 +99,7 @@ void add_rows(const uint8_t* codes, int64_t row_bytes, const float* units, int64
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int j = 0; j < kWidth; ++j) acc[m][j] = loadu(sums + m * kGroup + 8 * (part * kWidth + j));
+        for (int j = 0; j < kWidth; ++j) acc[m][j] = loadu(sums + m * kGroup + kLanes * (part * kWidth + j));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         if (part == 0) __builtin_prefetch(codes + r * row_bytes + ahead);
@@ -120,7 +121,7 @@ void add_rows(const uint8_t* codes, int64_t row_bytes, const float* units, int64
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int j = 0; j < kWidth; ++j) storeu(sums + m * kGroup + 8 * (part * kWidth + j), acc[m][j]);
+        for (int j = 0; j < kWidth; ++j) storeu(sums + m * kGroup + kLanes * (part * kWidth + j), acc[m][j]);
     }
   }
 }
@@ -133,7 +134,7 @@ void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
   const int64_t groups = w.k / kGroup, row_bytes = w.k / 2;
   for_ranges(parallel, ceil_div(groups, 2), [&](int64_t begin, int64_t end) {
     Scales decoder(w);
-    alignas(32) float sums[kSlice * kGroup * M], total[kSlice * kGroup * M];
+    alignas(sizeof(F)) float sums[kSlice * kGroup * M], total[kSlice * kGroup * M];
     float units[kTogether][kSlice * 2], factors[kTogether * M];
     const int64_t last = min64(2 * end, groups);
     for (int64_t first = 2 * begin; first < last; first += kSlice) {
@@ -157,12 +158,12 @@ void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
                    ahead, sums);
           n += rows;
         }
-        // Sums of 256, then the sum of those: one chain over all of N would lose accuracy.
-        for (int64_t i = 0; i < lanes; i += 8) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
+        // Sums of kDepth, then the sum of those: one chain over all of N would lose accuracy.
+        for (int64_t i = 0; i < lanes; i += kLanes) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
       }
       for (int m = 0; m < M; ++m)
         for (int64_t g = 0; g < count; ++g) {
-          alignas(32) float natural[kGroup];
+          alignas(sizeof(F)) float natural[kGroup];
           from_lookup_order(total + (g * M + m) * kGroup, natural);
           from_floats(natural, kGroup, out + m * w.k + (first + g) * kGroup);
         }

@@ -48,7 +48,7 @@ class Scales {
   const float* of_run(int64_t run) {
     if (run != run_) {
       const F nested = set1(load_float(w_.nested_absmax, run)), offset = set1(w_.nested_offset);
-      for (int i = 0; i < 256; i += 8)
+      for (int i = 0; i < 256; i += kLanes)
         storeu(table_ + i, canonical_nan(add(mul(loadu(kDynamic.value + i), nested), offset)));
       run_ = run;
     }
@@ -82,7 +82,7 @@ class Scales {
   const Weight& w_;
   const int shift_;  // log2 of the units a block
   int64_t run_ = -1;
-  alignas(32) float table_[256];
+  alignas(sizeof(F)) float table_[256];
 };
 
 }  // namespace peftrt::cpu::PEFTRT_ISA

@@ -14,6 +14,8 @@
 namespace peftrt::cpu::PEFTRT_ISA {
 
 using F = __m256;
+constexpr int kLanes = 8;
+constexpr int kMicroRows2 = 6, kMicroRows1 = 12;
 
 PEFTRT_INLINE F set1(float value) { return _mm256_set1_ps(value); }
 PEFTRT_INLINE F set_halves(float a, float b) { return _mm256_blend_ps(set1(a), set1(b), 0xf0); }
@@ -80,7 +82,7 @@ PEFTRT_INLINE float sum(F v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-PEFTRT_INLINE void transpose8(F r[8]) {
+PEFTRT_INLINE void transpose(F r[kLanes]) {
   const F a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);
   const F a2 = _mm256_unpacklo_ps(r[2], r[3]), a3 = _mm256_unpackhi_ps(r[2], r[3]);
   const F a4 = _mm256_unpacklo_ps(r[4], r[5]), a5 = _mm256_unpackhi_ps(r[4], r[5]);

@@ -9,6 +9,8 @@
 namespace peftrt::cpu::PEFTRT_ISA {
 
 typedef float F __attribute__((vector_size(32)));
+constexpr int kLanes = 8;
+constexpr int kMicroRows2 = 6, kMicroRows1 = 12;
 
 PEFTRT_INLINE F set1(float value) { return F{value, value, value, value, value, value, value, value}; }
 PEFTRT_INLINE F set_halves(float a, float b) { return F{a, a, a, a, b, b, b, b}; }
@@ -61,7 +63,7 @@ PEFTRT_INLINE F round_to(F v) {
 
 PEFTRT_INLINE float sum(F v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
-PEFTRT_INLINE void transpose8(F r[8]) {
+PEFTRT_INLINE void transpose(F r[kLanes]) {
   F t[8];
   for (int i = 0; i < 8; ++i)
     for (int j = 0; j < 8; ++j) t[i][j] = r[j][i];
