@@ -1,4 +1,4 @@
-// The choice of instruction set, made once a process by CPUID.
+// The choice of instruction set, made once a process: by CPUID, or by the architecture alone.
 #include <cstdlib>
 #include <cstring>
 
@@ -27,10 +27,19 @@ static bool runs_avx2() {
 }
 #endif
 
+#if defined(PEFTRT_HAS_NEON)
+// Every aarch64 has it.
+PEFTRT_DECLARE_OPS(neon)
+static const Kernels kNeon = {"neon", neon::nf4_dequantize, neon::nf4_linear, neon::nf4_linear_dx, neon::dropout};
+#endif
+
 const Kernels* kernels_for(const char* isa) {
   if (std::strcmp(isa, "portable") == 0) return &kPortable;
 #if defined(PEFTRT_HAS_AVX2)
   if (std::strcmp(isa, "avx2") == 0 && runs_avx2()) return &kAvx2;
+#endif
+#if defined(PEFTRT_HAS_NEON)
+  if (std::strcmp(isa, "neon") == 0) return &kNeon;
 #endif
   return nullptr;
 }
@@ -40,7 +49,10 @@ static const Kernels& choose() {
   if (forced != nullptr && *forced != '\0') {
     if (const Kernels* found = kernels_for(forced)) return *found;
   }
-  if (const Kernels* found = kernels_for("avx2")) return *found;
+  constexpr const char* kBestFirst[] = {"avx2", "neon"};
+  for (const char* isa : kBestFirst) {
+    if (const Kernels* found = kernels_for(isa)) return *found;
+  }
   return kPortable;
 }
 

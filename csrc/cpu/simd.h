@@ -17,6 +17,8 @@
 
 #if defined(PEFTRT_ISA_AVX2)
 #include "cpu/simd_avx2.h"
+#elif defined(PEFTRT_ISA_NEON)
+#include "cpu/simd_neon.h"
 #else
 #include "cpu/simd_portable.h"
 #endif
