@@ -21,12 +21,16 @@ def _normal(*shape: int, device: str, seed: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=generator, device=device)
 
 
+def dense(site: Site, dtype: torch.dtype, device: str) -> Tensor:
+    """A normal weight of standard deviation ``1 / sqrt(K)``, ``[N, K]``."""
+    return _normal(site.N, site.K, device=device, seed=0, scale=site.K**-0.5).to(dtype)
+
+
 # One site's weights at a time: the largest takes 0.7 GB in its three forms, and cells come ordered by site.
 @functools.lru_cache(maxsize=1)
 def weight(site: Site, dtype: torch.dtype, device: str) -> NF4Weight:
-    """A normal weight of standard deviation ``1 / sqrt(K)``, quantised with nested statistics from ``dtype``."""
-    dense = _normal(site.N, site.K, device=device, seed=0, scale=site.K**-0.5)
-    return NF4Weight.quantize(dense.to(dtype))
+    """:func:`dense`, quantised with nested statistics from ``dtype``."""
+    return NF4Weight.quantize(dense(site, dtype, device))
 
 
 @functools.lru_cache(maxsize=1)

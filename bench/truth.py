@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,6 +33,24 @@ def _decoded_rows(weight: NF4Weight, dtype: torch.dtype) -> Iterator[Tensor]:
         packed = codes[start : start + CHUNK]
         levels = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1, K)
         yield (codebook[levels.int()] * scales[start : start + CHUNK]).float().to(dtype)
+
+
+def encode(dense: Tensor, block_size: int = 64) -> Tensor:
+    """The packed codes of ``[N, K]``, K a multiple of ``block_size``, as the format defines them in fp32.
+
+    The values are scaled by the reciprocal of their block's largest magnitude; a value's level is the number of
+    midpoints between neighbouring levels that are below it.
+    """
+    return torch.cat([_encoded(rows.float().view(-1, block_size)) for rows in dense.split(CHUNK)])
+
+
+def _encoded(blocks: Tensor) -> Tensor:
+    scaled = (blocks * (1.0 / blocks.abs().amax(dim=1, keepdim=True))).view(-1)
+    codebook = NF4_CODEBOOK.tolist()
+    levels = torch.zeros_like(scaled, dtype=torch.uint8)
+    for below, above in pairwise(codebook):
+        levels += scaled > torch.tensor((below + above) / 2, dtype=torch.float32)
+    return (levels[::2] << 4) | levels[1::2]
 
 
 def _scales(weight: NF4Weight) -> Tensor:

@@ -44,6 +44,11 @@ void check_dense(const Tensor& tensor, const char* op, const char* argument) {
   check(tensor.is_cpu() && tensor.is_contiguous(), op, argument, "a contiguous CPU tensor");
 }
 
+void check_block_size(int64_t block_size, const char* op) {
+  check(block_size >= 32 && block_size <= 65536 && (block_size & (block_size - 1)) == 0, op, "block_size",
+        "a power of two from 32 to 65536");
+}
+
 const uint8_t* bytes_of(const Tensor& tensor, int64_t count, const char* op, const char* argument) {
   check_dense(tensor, op, argument);
   check(tensor.scalar_type() == ScalarType::Byte, op, argument, "uint8");
@@ -54,8 +59,7 @@ const uint8_t* bytes_of(const Tensor& tensor, int64_t count, const char* op, con
 
 Weight weight_of(const char* op, const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
                  const std::optional<Tensor>& nested_offset, int64_t block_size, int64_t n, int64_t k) {
-  check(block_size >= 32 && block_size <= 65536 && (block_size & (block_size - 1)) == 0, op, "block_size",
-        "a power of two from 32 to 65536");
+  check_block_size(block_size, op);
   check(nested_absmax.has_value() == nested_offset.has_value(), op, "nested_offset",
         "given exactly when nested_absmax is");
   const int64_t numel = n * k, blocks = (numel + block_size - 1) / block_size;
@@ -88,6 +92,31 @@ void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_ab
   const Dtype dtype = dtype_of(out, op, "out");
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, 1, out.numel());
   peftrt::cpu::kernels().nf4_dequantize(weight, dtype, out.mutable_data_ptr(), parallel());
+}
+
+void nf4_quantize(Tensor weight, int64_t block_size, Tensor codes, Tensor absmax) {
+  const char* op = "nf4_quantize";
+  check_dense(weight, op, "weight");
+  const Dtype dtype = dtype_of(weight, op, "weight");
+  check_block_size(block_size, op);
+  const int64_t numel = weight.numel(), blocks = (numel + block_size - 1) / block_size;
+  bytes_of(codes, (numel + 1) / 2, op, "codes");
+  bytes_of(absmax, 4 * blocks, op, "absmax");
+  peftrt::cpu::kernels().nf4_quantize(dtype, numel, int(block_size), weight.const_data_ptr(),
+                                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                      static_cast<uint8_t*>(absmax.mutable_data_ptr()), parallel());
+}
+
+void nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor codes, Tensor nested_absmax) {
+  const char* op = "nf4_quantize_scales";
+  const int64_t blocks = codes.numel(), runs = (blocks + peftrt::kNestedBlock - 1) / peftrt::kNestedBlock;
+  float mean;
+  std::memcpy(&mean, bytes_of(offset, 4, op, "offset"), 4);
+  const uint8_t* scales = bytes_of(absmax, 4 * blocks, op, "absmax");
+  bytes_of(codes, blocks, op, "codes");
+  bytes_of(nested_absmax, 4 * runs, op, "nested_absmax");
+  peftrt::cpu::kernels().nf4_quantize_scales(blocks, scales, mean, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                             static_cast<uint8_t*>(nested_absmax.mutable_data_ptr()), parallel());
 }
 
 // a [m, a_width] times the weight -> out [m, out_width], both contiguous and of one dtype.
@@ -143,6 +172,8 @@ std::string isa() { return peftrt::cpu::kernels().isa; }
 
 STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_dequantize(" PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
+  m.def("nf4_quantize(Tensor weight, int block_size, Tensor(a!) codes, Tensor(b!) absmax) -> ()");
+  m.def("nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor(a!) codes, Tensor(b!) nested_absmax) -> ()");
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT ", Tensor? bias, Tensor(a!) out) -> ()");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT ", Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
@@ -151,6 +182,8 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
+  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
+  m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
   m.impl("nf4_linear_dx", TORCH_BOX(&nf4_linear_dx));
   m.impl("dropout", TORCH_BOX(&dropout));

@@ -188,6 +188,19 @@ static constexpr DynamicCodebook make_dynamic_codebook() {
 }
 constexpr DynamicCodebook kDynamic = make_dynamic_codebook();
 
+// What quantisation decides by: the midpoints of neighbouring levels. A value's level is the number of thresholds below
+// it, so that a tie goes down and a NaN, which no threshold is at or above, goes to 15.
+struct Nf4Thresholds {
+  float value[16];  // the last is no threshold: it fills the vector
+};
+static constexpr Nf4Thresholds make_nf4_thresholds() {
+  Nf4Thresholds made = {};
+  for (int i = 0; i < 15; ++i) made.value[i] = (kNf4[i + 1] + kNf4[i]) / 2;
+  made.value[15] = __builtin_inff();
+  return made;
+}
+constexpr Nf4Thresholds kNf4Thresholds = make_nf4_thresholds();
+
 PEFTRT_HD static constexpr int nibble(const uint8_t* codes, int64_t i) {
   return (i & 1) ? (codes[i >> 1] & 15) : (codes[i >> 1] >> 4);
 }

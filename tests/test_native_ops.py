@@ -276,7 +276,7 @@ def test_threads_are_torchs() -> None:
     assert "threads obeyed" in run_script("thread_count.py", OMP_NUM_THREADS="4")
 
 
-def test_the_portable_kernels_give_the_same_dequantised_bits() -> None:
+def test_the_portable_kernels_give_the_same_bits_of_weights() -> None:
     portable = run_script("print_bits.py", PEFTRT_CPU_ISA="portable").split()
     best = run_script("print_bits.py", PEFTRT_CPU_ISA="").split()
     assert portable[0] == "portable"

@@ -1,4 +1,4 @@
-"""bitsandbytes: NF4 through ``bitsandbytes.nn.Linear4bit`` and ``bitsandbytes.functional.dequantize_4bit``."""
+"""bitsandbytes: NF4 through ``bitsandbytes.nn.Linear4bit`` and ``quantize_4bit`` and ``dequantize_4bit``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def dequantize(weight: NF4Weight, out: Tensor | None = None) -> Callable[[], Ten
     if weight.device.type == "cpu":
         out = None
     return lambda: bnb.functional.dequantize_4bit(params.data, params.quant_state, out=out)
+
+
+def quantize(dense: Tensor, double_quant: bool) -> Callable[[], Tensor]:
+    """A call of ``quantize_4bit`` in blocks of 64; it returns the packed codes."""
+    bnb = need("bitsandbytes")
+
+    def call() -> Tensor:
+        return bnb.functional.quantize_4bit(dense, compress_statistics=double_quant, quant_type="nf4", blocksize=64)[0]
+
+    return lambda: call().reshape(-1)
 
 
 def _params(weight: NF4Weight, layer: nn.Module | None) -> Tensor:

@@ -7,6 +7,8 @@
 #define PEFTRT_DECLARE_OPS(isa)                                                                     \
   namespace isa {                                                                                   \
   void nf4_dequantize(const Weight&, Dtype, void*, const Parallel&);                                \
+  void nf4_quantize(Dtype, int64_t, int, const void*, uint8_t*, uint8_t*, const Parallel&);         \
+  void nf4_quantize_scales(int64_t, const uint8_t*, float, uint8_t*, uint8_t*, const Parallel&);    \
   void nf4_linear(const Weight&, Dtype, int64_t, const void*, const void*, void*, const Parallel&); \
   void nf4_linear_dx(const Weight&, Dtype, int64_t, const void*, void*, const Parallel&);           \
   void dropout(Dtype, int64_t, uint64_t, uint32_t, float, const void*, void*, const Parallel&);     \
@@ -15,12 +17,14 @@
 namespace peftrt::cpu {
 
 PEFTRT_DECLARE_OPS(portable)
-static const Kernels kPortable = {"portable", portable::nf4_dequantize, portable::nf4_linear, portable::nf4_linear_dx,
-                                  portable::dropout};
+static const Kernels kPortable = {
+    "portable",           portable::nf4_dequantize, portable::nf4_quantize, portable::nf4_quantize_scales,
+    portable::nf4_linear, portable::nf4_linear_dx,  portable::dropout};
 
 #if defined(PEFTRT_HAS_AVX2)
 PEFTRT_DECLARE_OPS(avx2)
-static const Kernels kAvx2 = {"avx2", avx2::nf4_dequantize, avx2::nf4_linear, avx2::nf4_linear_dx, avx2::dropout};
+static const Kernels kAvx2 = {"avx2",           avx2::nf4_dequantize, avx2::nf4_quantize, avx2::nf4_quantize_scales,
+                              avx2::nf4_linear, avx2::nf4_linear_dx,  avx2::dropout};
 static bool runs_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -33,6 +33,14 @@ struct Kernels {
   const char* isa;
   // out[i] = round(kNf4[code[i]] * scale[i / G]), n * k elements
   void (*nf4_dequantize)(const Weight& w, Dtype dtype, void* out, const Parallel& parallel);
+  // The inverse, of `numel` floats: codes (ceil(numel / 2) bytes; a last half byte is the level of zero) and the fp32
+  // bytes of every block's largest magnitude. The weight's blocks are of `block_size`, as in Weight.
+  void (*nf4_quantize)(Dtype dtype, int64_t numel, int block_size, const void* weight, uint8_t* codes, uint8_t* absmax,
+                       const Parallel& parallel);
+  // Nested statistics: the fp32 bytes of all blocks' magnitudes -> 8-bit codes of their differences from `offset`, and
+  // the fp32 bytes of the largest difference in every 256
+  void (*nf4_quantize_scales)(int64_t blocks, const uint8_t* absmax, float offset, uint8_t* codes,
+                              uint8_t* nested_absmax, const Parallel& parallel);
   // out[m, n] = sum_k x[m, k] * W[n, k] + bias[n]; W rounded to dtype, sums in fp32; bias may be null
   void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, void* out,
                      const Parallel& parallel);

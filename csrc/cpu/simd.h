@@ -13,6 +13,10 @@
 //   own to_lookup_order(from, to)                 64 floats put into that order decode64<T>(codes, s0, s1, sink) 32
 //   bytes -> 64 weights round_to<T>(code * scale) in natural order: sink(j, F)
 //                                             has elements 8j .. 8j + 7; s0 scales the first 32 of them, s1 the rest
+//   max_magnitude(most, v)                    the larger of most, which is not negative, and |v|; a NaN is the largest
+//   largest(most)                             the largest lane of such a vector
+//   encode64<T>(weights, r0, r1, codes)       64 weights of T -> 32 bytes: the nearest levels, by kNf4Thresholds, of
+//                                             weight * r0 for the first 32 of them, of weight * r1 for the rest
 #pragma once
 
 #if defined(PEFTRT_ISA_AVX2)

@@ -167,4 +167,46 @@ PEFTRT_INLINE void decode64(const uint8_t* codes, float s0, float s1, Sink&& sin
   for (int q = 0; q < 4; ++q) sink(4 + q, round_to<T>(mul(v[q], set1(s1))));
 }
 
+// Quantisation. Magnitudes are compared as integers, where a NaN is above infinity and so is never lost.
+PEFTRT_INLINE F max_magnitude(F most, F v) {
+  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), magnitude));
+}
+PEFTRT_INLINE float largest(F most) {
+  const __m256i eight = _mm256_castps_si256(most);
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1))));
+}
+
+// The levels of eight scaled values, less 8. A cubic guesses the threshold that is nearest, by number: it is off by no
+// more than 0.13 at each of them, so a value whose guess rounds to i lies between thresholds i - 1 and i + 1, and one
+// comparison with threshold i settles it. min makes 1 of a NaN, and bounds the guess to -8 .. 6 (negative: the lower
+// eight thresholds).
+PEFTRT_INLINE __m256i nearest_levels(F scaled) {
+  const F v = _mm256_min_ps(scaled, set1(1.0f));
+  const F guess = fma(fma(fma(set1(-4.5676875f), v, set1(0.5615256f)), v, set1(11.484821f)), v, set1(-1.3650532f));
+  const __m256i index = _mm256_cvtps_epi32(guess);
+  const F below = _mm256_permutevar8x32_ps(loadu(kNf4Thresholds.value), index);
+  const F above = _mm256_permutevar8x32_ps(loadu(kNf4Thresholds.value + 8), index);
+  const F threshold = _mm256_blendv_ps(above, below, _mm256_castsi256_ps(index));
+  return _mm256_sub_epi32(index, _mm256_castps_si256(_mm256_cmp_ps(v, threshold, _CMP_GT_OQ)));
+}
+
+template <class T>
+PEFTRT_INLINE void encode64(const T* weights, float r0, float r1, uint8_t* codes) {
+  __m256i v[8];
+  for (int j = 0; j < 8; ++j) v[j] = nearest_levels(mul(load(weights + 8 * j), set1(j < 4 ? r0 : r1)));
+  // Bytes: lane l has elements 4 l .. 4 l + 3 of each of four vectors. Then 16 times the first of a pair plus the
+  // second.
+  const __m256i eights = _mm256_set1_epi8(8), weigh = _mm256_set1_epi16(0x0110);
+  const __m256i first = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  const __m256i second = _mm256_packs_epi16(_mm256_packs_epi32(v[4], v[5]), _mm256_packs_epi32(v[6], v[7]));
+  const __m256i pairs = _mm256_packus_epi16(_mm256_maddubs_epi16(_mm256_add_epi8(first, eights), weigh),
+                                            _mm256_maddubs_epi16(_mm256_add_epi8(second, eights), weigh));
+  const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_unpacklo_epi16(low, high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_unpackhi_epi16(low, high));
+}
+
 }  // namespace peftrt::cpu::PEFTRT_ISA

@@ -94,4 +94,27 @@ PEFTRT_INLINE void decode64(const uint8_t* codes, float s0, float s1, Sink&& sin
   }
 }
 
+// Quantisation. Magnitudes are compared as integers, where a NaN is above infinity and so is never lost.
+typedef int32_t Int8 __attribute__((vector_size(32)));
+
+PEFTRT_INLINE F max_magnitude(F most, F v) {
+  const Int8 a = reinterpret_cast<Int8>(most), b = reinterpret_cast<Int8>(v) & 0x7fffffff;
+  return reinterpret_cast<F>(a > b ? a : b);
+}
+PEFTRT_INLINE float largest(F most) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits = float_bits(most[i]) > bits ? float_bits(most[i]) : bits;
+  return bits_float(bits);
+}
+
+template <class T>
+PEFTRT_INLINE void encode64(const T* weights, float r0, float r1, uint8_t* codes) {
+  for (int j = 0; j < 8; ++j) {
+    const F v = mul(load(weights + 8 * j), set1(j < 4 ? r0 : r1));
+    Int8 level = {15, 15, 15, 15, 15, 15, 15, 15};
+    for (int i = 0; i < 15; ++i) level += v <= kNf4Thresholds.value[i];  // true is -1
+    for (int i = 0; i < 4; ++i) codes[4 * j + i] = uint8_t(level[2 * i] << 4 | level[2 * i + 1]);
+  }
+}
+
 }  // namespace peftrt::cpu::PEFTRT_ISA

@@ -31,16 +31,29 @@ def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tenso
     if not double_quant:
         empty = codes.new_empty(0)
         return codes, float_bytes(absmax), empty, empty.clone()
-    offset = absmax.mean()
+    offset = mean(absmax)
     nested_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_BLOCK_SIZE, midpoints(DYNAMIC_CODEBOOK))
-    return codes, nested_codes, float_bytes(nested_absmax), float_bytes(offset.reshape(1))
+    return codes, nested_codes, float_bytes(nested_absmax), float_bytes(offset)
+
+
+def mean(scales: Tensor) -> Tensor:
+    """The offset of nested scales, fp32 [1]. Summed by rows: a sum of all would depend on the number of threads."""
+    sums = scales.double()
+    while sums.numel() > 1:
+        sums = torch.nn.functional.pad(sums, (0, -sums.numel() % 256)).view(-1, 256).sum(dim=1)
+    return (sums / scales.numel()).float()
 
 
 def _quantize_blocks(values: Tensor, block_size: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest level of every value, uint8 [numel] (ties go down), and the blocks' largest magnitudes, fp32 [blocks]."""
+    """Nearest level of every value, uint8 [numel] (ties go down), and the blocks' largest magnitudes, fp32 [blocks].
+
+    A block with a NaN has the magnitude NaN and the highest level throughout; one with an infinity has that level where
+    a value is infinite, and the level of zero elsewhere.
+    """
     numel = values.numel()
     padded = torch.nn.functional.pad(values.float(), (0, -numel % block_size)).view(-1, block_size)
     absmax = padded.abs().amax(dim=1)
+    absmax = absmax.where(~absmax.isnan(), math.nan)  # one NaN for all, whatever a reduction makes of their bits
     # by the reciprocal, as bitsandbytes scales: a division would round a few values to the other side of a threshold
     scaled = padded * (1.0 / absmax.clamp(min=SMALLEST_SCALE)).unsqueeze(1)
     levels = torch.bucketize(scaled, thresholds.to(values.device), out_int32=True)

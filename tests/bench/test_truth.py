@@ -24,6 +24,14 @@ def test_decoded_as_the_reference_decodes(dtype: torch.dtype, double_quant: bool
     assert_same_bits(truth.decode(weight, dtype), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_encoded_as_the_reference_encodes(dtype: torch.dtype) -> None:
+    dense = torch.randn(*SITE).to(dtype)
+    with backend("reference"):
+        expected = NF4Weight.quantize(dense).codes
+    assert_same_bits(truth.encode(dense), expected.reshape(-1))
+
+
 def test_products_in_chunks_are_the_products(monkeypatch) -> None:
     monkeypatch.setattr(truth, "CHUNK", 64)
     x, dy, weight = torch.randn(5, SITE.K), torch.randn(5, SITE.N), torch.randn(*SITE)

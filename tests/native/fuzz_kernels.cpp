@@ -5,6 +5,7 @@
 // Every buffer is a heap block of exactly its size at an odd address. tests/test_native_sanitizers.py builds with
 // AddressSanitizer and UndefinedBehaviorSanitizer, where one byte read or written outside is an error;
 // tests/test_native_emulated.py for another machine.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -193,6 +194,66 @@ int run_case(const Kernels& kernels, const Case& c) {
   return run_conversions(kernels, c);
 }
 
+bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// The larger of a and |b|; NaN if either is.
+float larger(float a, float b) { return std::isnan(a) || std::fabs(b) <= a ? a : std::fabs(b); }
+
+// The nested codes of a weight's scales, some of them not finite, to the bit.
+int check_scales(const Kernels& kernels, const Case& c, const Bytes& absmax, const Parallel& parallel) {
+  const int64_t blocks = int64_t(absmax.size()) / 4, runs = (blocks + 255) / 256;
+  const float offset = 0.75f;
+  Bytes codes(static_cast<size_t>(blocks)), nested(size_t(4 * runs));
+  kernels.nf4_quantize_scales(blocks, absmax.get(), offset, codes.get(), nested.get(), parallel);
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t end = std::min(256 * run + 256, blocks);
+    float largest = 0, got;
+    for (int64_t i = 256 * run; i < end; ++i)
+      largest = larger(largest, float(read(absmax, Dtype::kFloat32, i)) - offset);
+    std::memcpy(&got, nested.get() + 4 * run, 4);
+    if (!same(got, largest)) return fail("nf4_quantize_scales, nested", c, run, got, largest);
+    for (int64_t i = 256 * run; i < end; ++i) {
+      const float scaled = (float(read(absmax, Dtype::kFloat32, i)) - offset) * (1 / std::max(largest, 0x1p-126f));
+      int level = 255;
+      for (int j = 0; j < 255; ++j) level -= scaled <= (peftrt::dynamic_code(j) + peftrt::dynamic_code(j + 1)) / 2;
+      if (codes.get()[i] != level) return fail("nf4_quantize_scales", c, i, codes.get()[i], level);
+    }
+  }
+  return 0;
+}
+
+// Codes and scales to the bit, of weights among which some are not finite.
+int run_quantize(const Kernels& kernels, const Case& c) {
+  const int64_t numel = c.n * c.k, blocks = (numel + c.block_size - 1) / c.block_size;
+  Bytes weight(size_t(numel) * width(c.dtype)), codes(size_t(numel + 1) / 2), absmax(size_t(4 * blocks));
+  const uint64_t wild = generator() % 4 == 0 ? 40 : 0;  // one in so many weights is any bits at all
+  for (int64_t i = 0; i < numel; ++i) {
+    write_small(weight, c.dtype, i);
+    const uint64_t bits = generator();
+    if (wild != 0 && bits % wild == 0) std::memcpy(weight.get() + size_t(i) * width(c.dtype), &bits, width(c.dtype));
+  }
+  const Parallel parallel = {int(generator() % 2 + 1), run_threads};
+  kernels.nf4_quantize(c.dtype, numel, c.block_size, weight.get(), codes.get(), absmax.get(), parallel);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t start = block * c.block_size, end = std::min(start + c.block_size, numel);
+    float largest = 0, got;
+    for (int64_t i = start; i < end; ++i) largest = larger(largest, float(read(weight, c.dtype, i)));
+    std::memcpy(&got, absmax.get() + 4 * block, 4);
+    if (!same(got, largest)) return fail("nf4_quantize, scales", c, block, got, largest);
+    const float reciprocal = 1 / std::max(largest, 0x1p-126f);  // NaN where largest is
+    for (int64_t i = start; i < end; ++i) {
+      const float scaled = float(read(weight, c.dtype, i)) * reciprocal;
+      int level = 15;
+      for (int j = 0; j < 15; ++j) level -= scaled <= (peftrt::kNf4[j] + peftrt::kNf4[j + 1]) / 2;
+      const int code = peftrt::nibble(codes.get(), i);
+      if (code != level) return fail("nf4_quantize", c, i, code, level);
+    }
+  }
+  if (numel % 2 && peftrt::nibble(codes.get(), numel) != 7)
+    return fail("nf4_quantize, the odd half", c, numel, peftrt::nibble(codes.get(), numel), 7);
+  return check_scales(kernels, c, absmax, parallel);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -211,7 +272,8 @@ int main(int argc, char** argv) {
     c.block_size = 32 << generator() % 8;
     c.nested = generator() % 2;
     c.bias = generator() % 2;
-    if (run_case(*kernels, c)) return std::printf("seed %lu\n", static_cast<unsigned long>(seed + i)), 1;
+    if (run_case(*kernels, c) || run_quantize(*kernels, c))
+      return std::printf("seed %lu\n", static_cast<unsigned long>(seed + i)), 1;
   }
   std::printf("%lu cases, %s\n", static_cast<unsigned long>(count), kernels->isa);
   return 0;

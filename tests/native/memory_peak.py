@@ -45,4 +45,10 @@ if __name__ == "__main__":
             allowed = 2 * m * K * 4 + DENSE // 16
             assert status("VmHWM") - before < allowed, (m, str(call), status("VmHWM") - before, allowed)
             assert status("VmRSS") - before < allowed, (m, str(call))
+    dense, codes, absmax = torch.ones(N, K, dtype=torch.bfloat16), torch.empty_like(weight[0]), torch.ones(blocks)
+    codes.zero_()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    torch.ops.peftrt_cpu.nf4_quantize(dense, 64, codes, absmax.view(torch.uint8))
+    assert status("VmHWM") - before < DENSE // 32, status("VmHWM") - before
     print("peak within bounds")

@@ -1,4 +1,4 @@
-"""Prints the instruction set, a digest of dequantised weights, and a few sums of linear and its dX."""
+"""Prints the instruction set, a digest of dequantised and requantised weights, and a few sums of linear and its dX."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ if __name__ == "__main__":
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             out = torch.empty(n, k, dtype=dtype)
             torch.ops.peftrt_cpu.nf4_dequantize(*weight, out)
-            digest.update(out.view(torch.uint8).numpy().tobytes())
+            codes, absmax = torch.empty_like(weight[0]), torch.empty(4 * blocks, dtype=torch.uint8)
+            torch.ops.peftrt_cpu.nf4_quantize(out, block_size, codes, absmax)
+            nested = torch.empty_like(weight[1]), torch.empty_like(weight[2])
+            torch.ops.peftrt_cpu.nf4_quantize_scales(absmax, weight[3], *nested)
+            for made in (out.view(torch.uint8), codes, absmax, *nested):
+                digest.update(made.numpy().tobytes())
         for m in (1, 3, 20):
             x, dy = torch.rand(m, k, generator=generator), torch.rand(m, n, generator=generator)
             y, dx = torch.empty(m, n), torch.empty(m, k)

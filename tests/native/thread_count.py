@@ -30,7 +30,9 @@ if __name__ == "__main__":
         for m in (1, 16):
             torch.ops.peftrt_cpu.nf4_linear(torch.ones(m, k), *weight, None, torch.empty(m, n))
             torch.ops.peftrt_cpu.nf4_linear_dx(torch.ones(m, n), *weight, torch.empty(m, k))
-        torch.ops.peftrt_cpu.nf4_dequantize(*weight, torch.empty(n, k))
+        dense = torch.empty(n, k)
+        torch.ops.peftrt_cpu.nf4_dequantize(*weight, dense)
+        torch.ops.peftrt_cpu.nf4_quantize(dense, 64, torch.empty_like(weight[0]), torch.empty_like(weight[1]))
 
     alone = threads()
     call()

@@ -133,10 +133,10 @@ def test_a_forced_backend_that_cannot_run_says_why_for_each() -> None:
 
 
 def test_a_backend_that_an_operation_lacks_is_told() -> None:
-    with peftrt.backend("native"), pytest.raises(BackendError) as refusal:
+    with peftrt.backend("triton"), pytest.raises(BackendError) as refusal:
         torch.ops.peftrt.nf4_quantize(torch.ones(64), 64, True)
-    assert "native: this operation has no such backend" in str(refusal.value)
-    assert "reference: native is forced" in str(refusal.value)
+    assert "triton: this operation has no such backend" in str(refusal.value)
+    assert "reference: triton is forced" in str(refusal.value)
 
 
 def test_a_wish_is_its_threads_alone(calls: list[tuple[str, str]]) -> None:

@@ -83,11 +83,6 @@ def test_opcheck(backend: str, nested: bool) -> None:
             torch.library.opcheck(torch.ops.peftrt.nf4_dequantize.out, args, {"out": torch.empty(6, 64, dtype=dtype)})
 
 
-@pytest.mark.parametrize(("double_quant", "shape"), [(True, (6, 64)), (False, (6, 64)), (True, (3, 5, 7))])
-def test_opcheck_of_quantize(double_quant: bool, shape: tuple[int, ...]) -> None:
-    torch.library.opcheck(torch.ops.peftrt.nf4_quantize.default, (randn(*shape), 64, double_quant))
-
-
 def test_fp64_is_the_fp32_value() -> None:
     weight = nf4(6, 64)
     assert_same_bits(weight.dequantize(torch.float64), weight.dequantize(torch.float32).double())
