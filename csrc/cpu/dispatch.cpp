@@ -34,7 +34,8 @@ static bool runs_avx2() {
 #if defined(PEFTRT_HAS_NEON)
 // Every aarch64 has it.
 PEFTRT_DECLARE_OPS(neon)
-static const Kernels kNeon = {"neon", neon::nf4_dequantize, neon::nf4_linear, neon::nf4_linear_dx, neon::dropout};
+static const Kernels kNeon = {"neon",           neon::nf4_dequantize, neon::nf4_quantize, neon::nf4_quantize_scales,
+                              neon::nf4_linear, neon::nf4_linear_dx,  neon::dropout};
 #endif
 
 const Kernels* kernels_for(const char* isa) {

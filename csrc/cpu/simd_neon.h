@@ -130,16 +130,16 @@ struct Planes {
 struct alignas(16) PlaneBytes {
   uint8_t byte[4][16];
 };
-constexpr PlaneBytes make_planes() {
+constexpr PlaneBytes make_planes(const float* values) {
   PlaneBytes planes = {};
   for (int i = 0; i < 16; ++i)
-    for (int b = 0; b < 4; ++b) planes.byte[b][i] = uint8_t(__builtin_bit_cast(uint32_t, kNf4[i]) >> (8 * b));
+    for (int b = 0; b < 4; ++b) planes.byte[b][i] = uint8_t(__builtin_bit_cast(uint32_t, values[i]) >> (8 * b));
   return planes;
 }
-constexpr PlaneBytes kPlanes = make_planes();
+constexpr PlaneBytes kPlanes = make_planes(kNf4), kThresholdPlanes = make_planes(kNf4Thresholds.value);
 
-PEFTRT_INLINE Planes<float> nf4_planes() {
-  return {{load16(kPlanes.byte[0]), load16(kPlanes.byte[1]), load16(kPlanes.byte[2]), load16(kPlanes.byte[3])}};
+PEFTRT_INLINE Planes<float> planes_of(const PlaneBytes& made) {
+  return {{load16(made.byte[0]), load16(made.byte[1]), load16(made.byte[2]), load16(made.byte[3])}};
 }
 
 // The planes of round_to<T>(kNf4 * scale), in 16 bits.
@@ -177,7 +177,7 @@ PEFTRT_INLINE uint8x16_t low_nibbles(uint8x16_t bytes) { return vandq_u8(bytes, 
 // Vectors 0 .. 3 are the even elements, 4 .. 7 the odd ones; half l of vector q has those of bytes 16 l + 4 q .. + 3.
 template <class Sink>
 PEFTRT_INLINE void lookup64(const uint8_t* codes, Sink&& sink) {
-  const Planes<float> table = nf4_planes();
+  const Planes<float> table = planes_of(kPlanes);
   const uint8x16_t bytes0 = load16(codes), bytes1 = load16(codes + 16);
   const auto four = [&](int j, uint8x16_t index0, uint8x16_t index1) {
     const Sixteen a = look_up(table, index0), b = look_up(table, index1);
@@ -215,12 +215,80 @@ PEFTRT_INLINE void decode64(const uint8_t* codes, float s0, float s1, Sink&& sin
     sink(j + 2, finish(b.half[0])), sink(j + 3, finish(b.half[1]));
   };
   if constexpr (kIsFloat<T>) {
-    half(0, nf4_planes(), s0), half(4, nf4_planes(), s1);
+    half(0, planes_of(kPlanes), s0), half(4, planes_of(kPlanes), s1);
   } else {
     Planes<T> table = scaled_planes<T>(s0);
     half(0, table, s0);
     if (s0 != s1) table = scaled_planes<T>(s1);  // blocks of 32 only
     half(4, table, s1);
+  }
+}
+
+// Quantisation. Magnitudes are compared as integers, where a NaN is above infinity and so is never lost.
+PEFTRT_INLINE F max_magnitude(F most, F v) {
+  const auto larger = [](float32x4_t a, float32x4_t b) {
+    return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(vabsq_f32(b))));
+  };
+  return {larger(most.low, v.low), larger(most.high, v.high)};
+}
+PEFTRT_INLINE float largest(F most) {
+  return bits_float(vmaxvq_u32(vmaxq_u32(vreinterpretq_u32_f32(most.low), vreinterpretq_u32_f32(most.high))));
+}
+
+// Bins of 1/32, cut towards zero, of [-1, 1]: bin b has at index b + 31 how many thresholds are below all of it. None
+// has more than one threshold inside. Bin -32 is out of the table, where a look-up gives 0 as it should.
+struct alignas(16) Bins {
+  uint8_t level[64];
+  bool settled;  // by one comparison more
+};
+constexpr int thresholds_below(int edge) {
+  int count = 0;
+  for (int i = 0; i < 15; ++i) count += kNf4Thresholds.value[i] * 32 < float(edge);
+  return count;
+}
+constexpr Bins make_bins() {
+  Bins bins = {{}, thresholds_below(-32) == 0};
+  for (int b = -31; b <= 32; ++b) {
+    const int first = thresholds_below(b > 0 ? b : b - 1), past = thresholds_below(b < 0 ? b : b + 1);
+    bins.level[b + 31] = uint8_t(first);
+    bins.settled = bins.settled && past - first <= 1;
+  }
+  return bins;
+}
+constexpr Bins kBins = make_bins();
+static_assert(kBins.settled);
+
+// The lowest bytes of four vectors of integers.
+PEFTRT_INLINE uint8x16_t low_bytes(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
+  const uint16x8_t ab = vuzp1q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b));
+  const uint16x8_t cd = vuzp1q_u16(vreinterpretq_u16_u32(c), vreinterpretq_u16_u32(d));
+  return vuzp1q_u8(vreinterpretq_u8_u16(ab), vreinterpretq_u8_u16(cd));
+}
+
+// The levels of 16 values, scaled to [-1, 1]: a bin's, or one more where the value is above the threshold in the bin.
+PEFTRT_INLINE uint8x16_t nearest_levels(F a, F b) {
+  const uint8x16x4_t bins = {
+      {load16(kBins.level), load16(kBins.level + 16), load16(kBins.level + 32), load16(kBins.level + 48)}};
+  const auto bin = [](float32x4_t v) { return vreinterpretq_u32_s32(vcvtq_n_s32_f32(v, 5)); };
+  const uint8x16_t index = low_bytes(bin(a.low), bin(a.high), bin(b.low), bin(b.high));
+  const uint8x16_t level = vqtbl4q_u8(bins, vaddq_u8(index, vdupq_n_u8(31)));
+  const Sixteen t = look_up(planes_of(kThresholdPlanes), level);
+  const uint8x16_t above = low_bytes(vcgtq_f32(a.low, t.half[0].low), vcgtq_f32(a.high, t.half[0].high),
+                                     vcgtq_f32(b.low, t.half[1].low), vcgtq_f32(b.high, t.half[1].high));
+  return vsubq_u8(level, above);
+}
+
+template <class T>
+PEFTRT_INLINE void encode64(const T* weights, float r0, float r1, uint8_t* codes) {
+  // The minimum makes 1 of a NaN.
+  const auto scaled = [&](int j) -> F {
+    const F v = mul(load(weights + 8 * j), set1(j < 4 ? r0 : r1));
+    return {vminnmq_f32(v.low, vdupq_n_f32(1.0f)), vminnmq_f32(v.high, vdupq_n_f32(1.0f))};
+  };
+  for (int half = 0; half < 2; ++half) {
+    const uint8x16_t a = nearest_levels(scaled(4 * half), scaled(4 * half + 1));
+    const uint8x16_t b = nearest_levels(scaled(4 * half + 2), scaled(4 * half + 3));
+    store16(codes + 16 * half, vsliq_n_u8(vuzp2q_u8(a, b), vuzp1q_u8(a, b), 4));
   }
 }
 
