@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test lint format build bench compile-all fuzz wheel-check clean
+.PHONY: demo test lint format build bench compile-all fuzz emulate wheel-check clean
 
 # Threads that spin while they wait make a machine that is also busy with something else twenty times slower.
 demo: $(VENV)/.demo build
@@ -38,6 +38,10 @@ compile-all: $(VENV)/.test
 
 fuzz: $(VENV)/.test build
 	$(BIN)/pytest tests --fuzz
+
+# A long run of the kernels that this machine's CPU cannot run, under qemu: tests/test_native_emulated.py has what it needs.
+emulate: $(VENV)/.test
+	PEFTRT_FUZZ_CASES=2000 $(BIN)/pytest tests/test_native_emulated.py --fuzz
 
 # Builds a wheel, installs it beside nothing but its dependencies, and uses it outside the checkout.
 wheel-check: | $(VENV)/.torch

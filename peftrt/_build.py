@@ -30,14 +30,18 @@ COMMON_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibili
 WARNING_FLAGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
 
 # Every op file in csrc/cpu is compiled once for each of these; the choice falls at run time, by CPUID.
+# NEON needs no flag to be there. But GCC's first scheduling pass moves loads so far up that the accumulators of the
+# micro-kernel spill; clang does not, and would warn of the flag that it does not know.
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "portable": (),
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     },
+    "aarch64": {"portable": (), "neon": ("-fno-schedule-insns", "-Wno-ignored-optimization-argument")},
     "other": {"portable": ()},
 }
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 class BuildError(RuntimeError):
@@ -184,18 +188,19 @@ def source_files(csrc: Path) -> list[Path]:
     return sorted(path for path in csrc.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
 
 
-def isa_names() -> tuple[str, ...]:
-    """The instruction sets that the kernels are compiled for on this machine's architecture."""
-    return tuple(_isa_table())
+def isa_names(machine: str | None = None) -> tuple[str, ...]:
+    """The instruction sets that the kernels are compiled for on an architecture, this machine's when None."""
+    return tuple(_isa_table(machine))
 
 
-def _isa_table() -> dict[str, tuple[str, ...]]:
-    return ISA_FLAGS["x86_64" if platform.machine().lower() in {"x86_64", "amd64"} else "other"]
+def _isa_table(machine: str | None = None) -> dict[str, tuple[str, ...]]:
+    name = (machine or platform.machine()).lower()
+    return ISA_FLAGS.get(_MACHINES.get(name, name), ISA_FLAGS["other"])
 
 
-def kernel_units(csrc: Path, extra: tuple[str, ...] = ()) -> list[_Unit]:
+def kernel_units(csrc: Path, extra: tuple[str, ...] = (), machine: str | None = None) -> list[_Unit]:
     """csrc/cpu as compiler calls: op files (nf4_*.cpp …) once an instruction set, everything else once."""
-    table = _isa_table()
+    table = _isa_table(machine)
     units = []
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         if source.name == "dispatch.cpp":

@@ -30,6 +30,8 @@
 #include "cpu/simd_avx512.h"
 #elif defined(PEFTRT_ISA_AVX2)
 #include "cpu/simd_avx2.h"
+#elif defined(PEFTRT_ISA_NEON)
+#include "cpu/simd_neon.h"
 #else
 #include "cpu/simd_portable.h"
 #endif

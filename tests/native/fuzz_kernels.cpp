@@ -2,8 +2,9 @@
 //
 //   fuzz_kernels ISA SEED COUNT
 //
-// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/test_native_sanitizers.py: every buffer is a heap
-// block of exactly its size at an odd address, so one byte read or written outside is an error.
+// Every buffer is a heap block of exactly its size at an odd address. tests/test_native_sanitizers.py builds with
+// AddressSanitizer and UndefinedBehaviorSanitizer, where one byte read or written outside is an error;
+// tests/test_native_emulated.py for another machine.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -152,6 +153,19 @@ int run_dropout(const Kernels& kernels, const Case& c, const Parallel& parallel)
   return 0;
 }
 
+// Any bits at all go through both conversions: where nothing is dropped they come out again, but for a NaN's.
+int run_conversions(const Kernels& kernels, const Case& c) {
+  const int64_t numel = c.m * c.k;
+  Bytes x(size_t(numel) * width(c.dtype)), out(x.size());
+  for (size_t i = 0; i < x.size(); ++i) x.get()[i] = uint8_t(generator());
+  kernels.dropout(c.dtype, numel, generator(), 0, 1.0f, x.get(), out.get(), {1, run_threads});
+  for (int64_t i = 0; i < numel; ++i) {
+    const double got = read(out, c.dtype, i), want = read(x, c.dtype, i);
+    if (!(got == want || (std::isnan(got) && std::isnan(want)))) return fail("conversions", c, i, got, want);
+  }
+  return 0;
+}
+
 int run_case(const Kernels& kernels, const Case& c) {
   const int64_t numel = c.n * c.k, blocks = (numel + c.block_size - 1) / c.block_size;
   Bytes codes(size_t(numel + 1) / 2), absmax(size_t(c.nested ? blocks : 4 * blocks)),
@@ -215,7 +229,8 @@ int run_case(const Kernels& kernels, const Case& c) {
       const double product = read(dy, c.dtype, i / c.k * c.n + n) * w[size_t(n * c.k + i % c.k)];
       want[size_t(i)] += product, magnitude[size_t(i)] += std::fabs(product);
     }
-  return compare("nf4_linear_dx", c, dx, want, magnitude);
+  if (compare("nf4_linear_dx", c, dx, want, magnitude)) return 1;
+  return run_conversions(kernels, c);
 }
 
 bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
