@@ -21,6 +21,9 @@ struct F {
   float32x4_t low, high;
 };
 
+constexpr int kLanes = 8;
+constexpr int kMicroRows2 = 6, kMicroRows1 = 12;
+
 PEFTRT_INLINE F set1(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
 PEFTRT_INLINE F set_halves(float a, float b) { return {vdupq_n_f32(a), vdupq_n_f32(b)}; }
 PEFTRT_INLINE F zero() { return set1(0.0f); }
@@ -110,7 +113,7 @@ PEFTRT_INLINE void transpose4(float32x4_t& a, float32x4_t& b, float32x4_t& c, fl
   c = vreinterpretq_f32_f64(vtrn2q_f64(ab0, cd0)), d = vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1));
 }
 
-PEFTRT_INLINE void transpose8(F r[8]) {
+PEFTRT_INLINE void transpose(F r[kLanes]) {
   transpose4(r[0].low, r[1].low, r[2].low, r[3].low);
   transpose4(r[4].high, r[5].high, r[6].high, r[7].high);
   transpose4(r[0].high, r[1].high, r[2].high, r[3].high);
