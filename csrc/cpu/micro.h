@@ -11,8 +11,10 @@
 namespace peftrt::cpu::PEFTRT_ISA {
 
 // R x V accumulators fill the registers (kMicroRows2 x 2 or kMicroRows1 x 1); the pragmas keep GCC from spilling them.
+// Never inlined: in a larger function they spill after all.
 template <int R, int V>
-inline void micro(int64_t depth, const float* s, int64_t ld_s, const float* b, float* c, int64_t ld_c, bool add_to_c) {
+__attribute__((noinline)) void micro(int64_t depth, const float* s, int64_t ld_s, const float* b, float* c,
+                                     int64_t ld_c, bool add_to_c) {
   F acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)

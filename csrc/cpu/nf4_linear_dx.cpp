@@ -1,9 +1,9 @@
 // out[m, k] = sum_n dy[m, n] * W[n, k], W decoded to dy's dtype, products summed in fp32.
 //
 // From the same bytes as the forward, without a transposed copy: W is row-major in n, so its k run along the lanes.
-// Threads split K. dy is packed once, [N / kDepth][tiles of up to kRows rows][kDepth]; then, for each 128 columns,
-// kDepth rows of W are decoded into panels [kDepth][kPanel] (at most 128 KB, in L2) and every tile of dy is multiplied
-// with every panel. An output's sum has the same order whatever the thread count and M.
+// Threads split K. dy is packed once, [N / depth][M][depth]; then, for so many columns at a time, `depth` rows of W are
+// decoded into panels [depth][kPanel] (128 KB in all, in L2) and every tile of kRows rows of dy is multiplied with
+// every panel. An output's sum has the same order whatever the thread count; it differs between the ranges of M.
 #include "cpu/decode.h"
 #include "cpu/micro.h"
 #include "cpu/parallel.h"
@@ -12,57 +12,78 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 namespace {
 
-constexpr int64_t kDepth = 2048 / kLanes;               // rows of W a panel: 16 KB, half an L1
-constexpr int64_t kColumns = 128;                       // columns decoded together: a cache line of codes
-constexpr int64_t kPanel = 2 * kLanes;                  // columns a panel, the lanes of the micro-kernel
-constexpr int64_t kPanelStride = kPanel * kDepth + 16;  // panels start on different cache sets
-constexpr int64_t kRows = kMicroRows2;                  // rows of dy a tile
-constexpr int64_t kAhead = 16;                          // rows of W fetched before they are decoded
-constexpr int64_t kTogether = 2;                        // rows of W that are added to a group before it is stored
-constexpr int64_t kMaxRowsOfDy = 504;  // rows of dy at a time: a multiple of 6, its outputs [rows][128] stay in L2
+constexpr int64_t kPanel = 2 * kLanes;  // columns a panel, the lanes of the micro-kernel
+constexpr int64_t kRows = kMicroRows2;  // rows of dy a tile
+constexpr int64_t kMaxColumns = 256;    // of a block
+constexpr int64_t kMaxRowsOfDy = 504;   // rows of dy at a time: a multiple of kRows, their sums stay in L2
+constexpr int64_t kBlock = 256 * 128;   // weights decoded at a time: 128 KB of floats
+constexpr int64_t kChain = 256;         // rows of W in one chain of additions, where sums are kept in registers
+constexpr int64_t kTogether = 2;        // rows of W that are added to a group before it is stored
 
-// dy[rows, N] -> packed[slice][row][kDepth] as floats; a tile is kRows neighbouring rows.
+// What is decoded before it is multiplied: `depth` rows of W by `columns`.
+//
+// Few rows of dy: long pieces of few rows of W, since a row or two of W is a page, and to look a page up costs as much
+// as to decode a group. Many rows: short pieces, so that the sums [rows][columns] stay in L2 as well. With pages of 4
+// KB, N = K = 4096, fp32, one core takes 4.6, 10.0 and 30.7 ms by 256 columns at M = 4, 16 and 64, and 5.1, 11.2
+// and 28.7 by 128 (Zen 3, November 2026).
+struct Block {
+  int64_t depth;
+  int64_t columns;
+  int64_t stride() const { return kPanel * depth + 16; }  // of panels: they start on different cache sets
+};
+inline Block block_for(int64_t m) {
+  const int64_t columns = m <= 32 ? kMaxColumns : 128;
+  return {kBlock / columns, columns};
+}
+
+// dy[rows, N] -> packed[slice][row][depth] as floats; a tile is kRows neighbouring rows.
 template <class T>
-void pack_dy(int64_t n, int64_t rows, const T* dy, float* packed, const Parallel& parallel) {
-  for_ranges(parallel, ceil_div(n, kDepth) * rows, [&](int64_t begin, int64_t end) {
+void pack_dy(int64_t n, int64_t rows, int64_t depth, const T* dy, float* packed, const Parallel& parallel) {
+  for_ranges(parallel, ceil_div(n, depth) * rows, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / rows, row = task % rows, n0 = slice * kDepth;
-      to_floats(dy + row * n + n0, min64(kDepth, n - n0), packed + task * kDepth);
+      const int64_t slice = task / rows, row = task % rows, n0 = slice * depth;
+      to_floats(dy + row * n + n0, min64(depth, n - n0), packed + task * depth);
     }
   });
 }
 
-// W[n0 .. n0 + depth, k0 .. k0 + width) -> panels[width / kPanel][kDepth][kPanel]; columns past the width are zero.
+// Asks for the codes and scales of the rows of W in [n0, n1), columns [k0, k0 + width): pieces a whole row apart, which
+// no prefetcher follows.
+inline void fetch_rows(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t width) {
+  const int shift = __builtin_ctz(unsigned(w.block_size)), bytes = w.nested_absmax == nullptr ? 4 : 1;
+  for (int64_t n = n0; n < min64(n1, w.n); ++n) {
+    const int64_t start = n * w.k + k0, end = min64(start + width, w.n * w.k);
+    for (int64_t at = start; at < end; at += 128) __builtin_prefetch(w.codes + at / 2, 0, 2);
+    __builtin_prefetch(w.absmax + (start >> shift) * bytes, 0, 2);
+  }
+}
+
+// W[n0 .. n0 + depth, k0 .. k0 + width) -> panels[width / kPanel][depth][kPanel]; columns past the width are zero.
 template <class T>
 void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64_t width, Scales& decoder,
-                   float* panels) {
+                   int64_t stride, float* panels) {
   if (w.k % kGroup == 0) {
     const int shift = __builtin_ctz(unsigned(w.block_size));
     for (int64_t p = 0; p < depth; ++p) {
-      // One line of codes and one of scales a row, a whole row apart: no prefetcher follows that.
-      const int64_t ahead = min64(n0 + p + kAhead, w.n - 1) * w.k + k0;
-      __builtin_prefetch(w.codes + ahead / 2);
-      __builtin_prefetch(w.absmax + (ahead >> shift));
       for (int64_t column = 0; column < width; column += kGroup) {
         const int64_t start = (n0 + p) * w.k + k0 + column;
         const float s0 = decoder.of_block(start >> shift), s1 = shift == 5 ? decoder.of_block((start >> 5) + 1) : s0;
-        float* to = panels + column / kPanel * kPanelStride + p * kPanel;
-        decode64<T>(w.codes + start / 2, s0, s1,
-                    [&](int j, F v) { storeu(to + j / 2 * kPanelStride + j % 2 * kLanes, v); });
+        float* to = panels + column / kPanel * stride + p * kPanel;
+        decode64<T>(w.codes + start / 2, s0, s1, [&](int j, F v) { storeu(to + j / 2 * stride + j % 2 * kLanes, v); });
       }
     }
     return;
   }
-  alignas(sizeof(F)) float line[kColumns];
-  float units[kColumns / 32 + 4];
-  for (int64_t i = width; i < kColumns; ++i) line[i] = 0.0f;
+  alignas(sizeof(F)) float line[kMaxColumns];
+  float units[kMaxColumns / 32 + 4];
+  for (int64_t i = width; i < kMaxColumns; ++i) line[i] = 0.0f;
   for (int64_t p = 0; p < depth; ++p) {
     const int64_t start = (n0 + p) * w.k + k0;
     const Units range = units_of(w, start, width);
     decoder.decode(range.first, range.count, units);
     decode_span<T>(w, start, width, units, line);
     for (int64_t column = 0; column < width; column += kPanel) {
-      float* to = panels + column / kPanel * kPanelStride + p * kPanel;
+      float* to = panels + column / kPanel * stride + p * kPanel;
       storeu(to, loadu(line + column));
       storeu(to + kLanes, loadu(line + column + kLanes));
     }
@@ -70,20 +91,28 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
 }
 
 template <class T>
-void dx_columns(const Weight& w, int64_t m, const float* packed, int64_t k0, Scales& decoder, float* panels, float* acc,
-                T* out) {
-  const int64_t width = min64(kColumns, w.k - k0);
-  for (int64_t n0 = 0; n0 < w.n; n0 += kDepth) {
-    const int64_t depth = min64(kDepth, w.n - n0);
-    decode_panels<T>(w, n0, depth, k0, width, decoder, panels);
+void dx_columns(const Weight& w, int64_t m, const Block& block, const float* packed, int64_t k0, Scales& decoder,
+                float* panels, float* acc, T* out) {
+  const int64_t width = min64(block.columns, w.k - k0), stride = block.stride();
+  const int64_t share = ceil_div(block.depth, ceil_div(m, kRows));
+  for (int64_t n0 = 0; n0 < w.n; n0 += block.depth) {
+    const int64_t depth = min64(block.depth, w.n - n0);
+    decode_panels<T>(w, n0, depth, k0, width, decoder, stride, panels);
     const float* dy = packed + n0 * m;
-    // A panel stays in L1 while the tiles of dy pass.
-    for (int64_t column = 0; column < width; column += kPanel)
-      for (int64_t row = 0; row < m; row += kRows)
-        micro_rows<kRows, 2>(min64(kRows, m - row), depth, dy + row * kDepth, kDepth,
-                             panels + column / kPanel * kPanelStride, acc + row * kColumns + column, kColumns, n0 > 0);
+    // Every tile of dy passes over all panels, which so stay in L2: to decode into lines that have left it costs three
+    // times the decoding. Meanwhile the rows to be decoded next come near.
+    const bool last = n0 + block.depth >= w.n;
+    const int64_t next = last ? 0 : n0 + block.depth, next_k = last ? min64(k0 + block.columns, w.k - 1) : k0;
+    for (int64_t row = 0; row < m; row += kRows) {
+      const int64_t from = row / kRows * share;
+      fetch_rows(w, next + from, next + min64(from + share, block.depth), next_k, width);
+      for (int64_t column = 0; column < width; column += kPanel)
+        micro_rows<kRows, 2>(min64(kRows, m - row), depth, dy + row * block.depth, block.depth,
+                             panels + column / kPanel * stride, acc + row * block.columns + column, block.columns,
+                             n0 > 0);
+    }
   }
-  for (int64_t row = 0; row < m; ++row) from_floats(acc + row * kColumns, width, out + row * w.k + k0);
+  for (int64_t row = 0; row < m; ++row) from_floats(acc + row * block.columns, width, out + row * w.k + k0);
 }
 
 // sums[g][m][64] += R rows of W, a whole row of W apart, times their factors[r][m]; units[r]: a scale a 32 weights.
@@ -141,9 +170,9 @@ void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
       const int64_t count = min64(kSlice, last - first);
       const int64_t lanes = count * kGroup * M;
       std::memset(total, 0, size_t(lanes) * sizeof(float));
-      for (int64_t n0 = 0; n0 < w.n; n0 += kDepth) {
+      for (int64_t n0 = 0; n0 < w.n; n0 += kChain) {
         std::memset(sums, 0, size_t(lanes) * sizeof(float));
-        const int64_t stop = min64(n0 + kDepth, w.n);
+        const int64_t stop = min64(n0 + kChain, w.n);
         for (int64_t n = n0; n < stop;) {
           const int64_t rows = n + kTogether <= stop ? kTogether : 1;
           for (int64_t r = 0; r < rows; ++r) {
@@ -158,7 +187,7 @@ void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
                    ahead, sums);
           n += rows;
         }
-        // Sums of kDepth, then the sum of those: one chain over all of N would lose accuracy.
+        // Sums of kChain, then the sum of those: one chain over all of N would lose accuracy.
         for (int64_t i = 0; i < lanes; i += kLanes) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
       }
       for (int m = 0; m < M; ++m)
@@ -191,15 +220,17 @@ void linear_dx(const Weight& w, int64_t m, const T* dy, T* out, const Parallel& 
     return;
   }
   if (m <= kFewRows && w.k % kGroup == 0) return linear_dx_few<T, kFewRows>(w, m, dy, out, parallel);
-  Scratch<float> packed(min64(m, kMaxRowsOfDy) * ceil_div(w.n, kDepth) * kDepth);
+  const Block block = block_for(m);
+  Scratch<float> packed(min64(m, kMaxRowsOfDy) * ceil_div(w.n, block.depth) * block.depth);
   for (int64_t first = 0; first < m; first += kMaxRowsOfDy) {
     const int64_t rows = min64(kMaxRowsOfDy, m - first);
-    pack_dy(w.n, rows, dy + first * w.n, packed.get(), parallel);
-    for_ranges(parallel, ceil_div(w.k, kColumns), [&](int64_t begin, int64_t end) {
+    pack_dy(w.n, rows, block.depth, dy + first * w.n, packed.get(), parallel);
+    for_ranges(parallel, ceil_div(w.k, block.columns), [&](int64_t begin, int64_t end) {
       Scales decoder(w);
-      Scratch<float> panels(kPanelStride * (kColumns / kPanel)), acc(rows * kColumns);
-      for (int64_t column = begin; column < end; ++column)
-        dx_columns(w, rows, packed.get(), column * kColumns, decoder, panels.get(), acc.get(), out + first * w.k);
+      Scratch<float> panels(block.stride() * (block.columns / kPanel)), acc(rows * block.columns);
+      for (int64_t task = begin; task < end; ++task)
+        dx_columns(w, rows, block, packed.get(), task * block.columns, decoder, panels.get(), acc.get(),
+                   out + first * w.k);
     });
   }
 }

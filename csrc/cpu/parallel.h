@@ -1,6 +1,7 @@
 // Loops over threads with a lambda, and scratch memory that lives as long as a call.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -8,14 +9,30 @@
 
 namespace peftrt::cpu::PEFTRT_ISA {
 
-// body(begin, end) over disjoint ranges of [0, tasks).
+// body(begin, end) over disjoint ranges of [0, tasks), each thread taking a share of what is left until nothing is:
+// half an even share, so that a core that is slower or interrupted does not keep the others waiting. Which thread takes
+// what changes no bit: no body sums over ranges.
 template <class Body>
 inline void for_ranges(const Parallel& parallel, int64_t tasks, const Body& body) {
   if (tasks <= 0) return;
   if (parallel.threads <= 1 || tasks == 1) return body(int64_t(0), tasks);
+  struct Queue {
+    const Body& body;
+    const int64_t tasks, threads;
+    std::atomic<int64_t> next{0};
+
+    void drain() {
+      for (int64_t begin = next.load(); begin < tasks;) {
+        const int64_t share = (tasks - begin) / (2 * threads), end = begin + (share < 1 ? 1 : share);
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        body(begin, end);
+        begin = next.load();
+      }
+    }
+  };
+  Queue queue{body, tasks, parallel.threads};
   parallel.run(
-      tasks, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+      parallel.threads, [](int64_t, int64_t, void* context) { static_cast<Queue*>(context)->drain(); }, &queue);
 }
 
 // Uninitialised, aligned to a cache line.
