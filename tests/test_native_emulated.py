@@ -30,7 +30,7 @@ FLAGS = {
     "aarch64, as shipped": _build.COMMON_FLAGS,
 }
 ONLY_WITH_FUZZ = {"avx512, sanitized", "aarch64, as shipped"}
-SHARE = {"aarch64, sanitized": 4}  # one in so many cases: what the sanitizers take is emulated too
+SHARE = {"aarch64, sanitized": 8}  # one in so many cases: what the sanitizers take is emulated too
 # With SIMDe AVX-512 is in the place of the one instruction set that every machine has.
 ISAS = {name: ("portable",) if name.startswith("avx512") else _build.isa_names("aarch64") for name in FLAGS}
 
