@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftrt import _build
-from tests.native.build_fuzzer import CASES, SANITIZE, SEED, build_fuzzer, run, works
+from tests.native.build_fuzzer import SANITIZE, SEED, build_fuzzer, cases, run, works
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,11 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("isa", _build.isa_names())
-def test_no_report_and_no_wrong_value(fuzzer: Path, isa: str) -> None:
+def test_no_report_and_no_wrong_value(fuzzer: Path, isa: str, request: pytest.FixtureRequest) -> None:
+    count = cases(request.config.getoption("--fuzz"))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    result = run([str(fuzzer), isa, SEED, str(CASES)], env=environment)
+    result = run([str(fuzzer), isa, SEED, str(count)], env=environment)
     if result.returncode == 3:
         pytest.skip(f"this CPU does not run {isa}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{CASES} cases, {isa}" in result.stdout
+    assert f"{count} cases, {isa}" in result.stdout

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from peftrt import _build
 
-CASES = int(os.environ.get("PEFTRT_FUZZ_CASES", "200"))
 SEED = "20261121"
 # Unoptimised: half the time to compile, and nothing is folded away before it is checked.
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O0")
@@ -51,3 +50,8 @@ def build_fuzzer(
     linked = run([*common, "-pthread", *map(str, directory.glob("*.o")), "-o", str(program)])
     assert linked.returncode == 0, linked.stderr
     return program
+
+
+def cases(long: bool, share: int = 1) -> int:
+    """How many cases to give the program: more in a long run, and one in ``share`` where each takes so much longer."""
+    return max(1, int(os.environ.get("PEFTRT_FUZZ_CASES", "2000" if long else "200")) // share)

@@ -4,7 +4,7 @@
 //
 // Every buffer is a heap block of exactly its size at an odd address. tests/test_native_sanitizers.py builds with
 // AddressSanitizer and UndefinedBehaviorSanitizer, where one byte read or written outside is an error;
-// tests/test_native_emulated.py for another machine.
+// tests/test_native_emulated.py for another CPU than this one.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -308,6 +308,14 @@ int main(int argc, char** argv) {
     c.n = pick({0, 1, 2, 5, 8, 12, 23, 25, 40, 97});
     c.k = pick({0, 1, 2, 3, 31, 33, 63, 64, 65, 96, 127, 128, 130, 192, 255, 256, 257, 320, 512, 576});
     if (generator() % 16 == 0) (generator() % 2 ? c.n : c.k) = 521 + int64_t(generator() % 64);
+    if (generator() % 16 == 0) {
+      if (generator() % 2) {  // several tiles of rows, several chunks of N
+        c.m = 34 + int64_t(generator() % 37), c.n = pick({25, 97, 130});
+      } else {  // several slices and panels of K
+        c.m = pick({1, 2, 3, 4, 8, 9, 17}), c.n = pick({1, 5, 17, 33});
+        c.k = generator() % 2 ? 64 * pick({17, 33, 64, 65, 70}) : 577 + int64_t(generator() % 3924);
+      }
+    }
     c.block_size = 32 << generator() % 8;
     c.nested = generator() % 2;
     c.bias = generator() % 2;
