@@ -1,9 +1,10 @@
 // out[m, k] = sum_n dy[m, n] * W[n, k], W decoded to dy's dtype, products summed in fp32.
 //
 // From the same bytes as the forward, without a transposed copy: W is row-major in n, so its k run along the lanes.
-// Threads split K. dy is packed once, [N / depth][M][depth]; then, for so many columns at a time, `depth` rows of W are
-// decoded into panels [depth][kPanel] (128 KB in all, in L2) and every tile of kRows rows of dy is multiplied with
-// every panel. An output's sum has the same order whatever the thread count; it differs between the ranges of M.
+// More than a few rows of dy: threads split K. dy is packed once, [N / depth][M][depth]; then, for so many columns at a
+// time, `depth` rows of W are decoded into panels [depth][kPanel] (128 KB in all, in L2) and every tile of kRows rows
+// of dy is multiplied with every panel. An output's sum has the same order whatever the thread count; it differs
+// between the ranges of M.
 #include "cpu/decode.h"
 #include "cpu/micro.h"
 #include "cpu/parallel.h"
@@ -17,6 +18,7 @@ constexpr int64_t kRows = kMicroRows2;  // rows of dy a tile
 constexpr int64_t kMaxColumns = 256;    // of a block
 constexpr int64_t kMaxRowsOfDy = 504;   // rows of dy at a time: a multiple of kRows, their sums stay in L2
 constexpr int64_t kBlock = 256 * 128;   // weights decoded at a time: 128 KB of floats
+constexpr int64_t kMaxChunks = 16;      // of N, where its parts are summed on their own
 constexpr int64_t kChain = 256;         // rows of W in one chain of additions, where sums are kept in registers
 constexpr int64_t kTogether = 2;        // rows of W that are added to a group before it is stored
 
@@ -155,47 +157,61 @@ void add_rows(const uint8_t* codes, int64_t row_bytes, const float* units, int64
   }
 }
 
-// A few rows of dy, whole groups: a slice of dx stays in L1, in the order that lookup64 yields codes in, while every
-// row of W adds to it. acc[m] += code * (dy[m, n] * scale); in bf16 and fp16 the weight is scaled and rounded first.
+// partial[g][m][64], in the order that lookup64 yields codes in: the rows [n0, n1) of W times their factors. A slice of
+// it is summed at a time, in L1; a chain of additions is no longer than kChain, for accuracy.
 template <class T, int M>
-void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
+void add_chunk(const Weight& w, int64_t n0, int64_t n1, const T* dy, Scales& decoder, float* partial) {
   constexpr int64_t kSlice = 4096 / M / kGroup;  // groups: 16 KB of sums
   const int64_t groups = w.k / kGroup, row_bytes = w.k / 2;
-  for_ranges(parallel, ceil_div(groups, 2), [&](int64_t begin, int64_t end) {
-    Scales decoder(w);
-    alignas(sizeof(F)) float sums[kSlice * kGroup * M], total[kSlice * kGroup * M];
-    float units[kTogether][kSlice * 2], factors[kTogether * M];
-    const int64_t last = min64(2 * end, groups);
-    for (int64_t first = 2 * begin; first < last; first += kSlice) {
-      const int64_t count = min64(kSlice, last - first);
-      const int64_t lanes = count * kGroup * M;
-      std::memset(total, 0, size_t(lanes) * sizeof(float));
-      for (int64_t n0 = 0; n0 < w.n; n0 += kChain) {
-        std::memset(sums, 0, size_t(lanes) * sizeof(float));
-        const int64_t stop = min64(n0 + kChain, w.n);
-        for (int64_t n = n0; n < stop;) {
-          const int64_t rows = n + kTogether <= stop ? kTogether : 1;
-          for (int64_t r = 0; r < rows; ++r) {
-            decoder.decode(((n + r) * groups + first) * 2, count * 2, units[r]);
-            for (int m = 0; m < M; ++m) factors[r * M + m] = load_one(dy + m * w.n + n + r);
-          }
-          const int64_t ahead = n + 2 * rows <= w.n ? rows * row_bytes : 0;
-          const auto add_some =
-              rows == 1 ? (w.block_size == 32 ? add_rows<T, M, 1, true> : add_rows<T, M, 1, false>)
-                        : (w.block_size == 32 ? add_rows<T, M, kTogether, true> : add_rows<T, M, kTogether, false>);
-          add_some(w.codes + (n * groups + first) * (kGroup / 2), row_bytes, units[0], kSlice * 2, factors, count,
-                   ahead, sums);
-          n += rows;
+  const auto add_one = w.block_size == 32 ? add_rows<T, M, 1, true> : add_rows<T, M, 1, false>;
+  const auto add_some = w.block_size == 32 ? add_rows<T, M, kTogether, true> : add_rows<T, M, kTogether, false>;
+  alignas(sizeof(F)) float sums[kSlice * kGroup * M];
+  float units[kTogether][kSlice * 2], factors[kTogether * M];
+  for (int64_t first = 0; first < groups; first += kSlice) {
+    const int64_t count = min64(kSlice, groups - first), lanes = count * kGroup * M;
+    float* total = partial + first * kGroup * M;
+    std::memset(total, 0, size_t(lanes) * sizeof(float));
+    for (int64_t start = n0; start < n1; start += kChain) {
+      std::memset(sums, 0, size_t(lanes) * sizeof(float));
+      const int64_t stop = min64(start + kChain, n1);
+      for (int64_t n = start; n < stop;) {
+        const int64_t rows = n + kTogether <= stop ? kTogether : 1;
+        for (int64_t r = 0; r < rows; ++r) {
+          decoder.decode(((n + r) * groups + first) * 2, count * 2, units[r]);
+          for (int m = 0; m < M; ++m) factors[r * M + m] = load_one(dy + m * w.n + n + r);
         }
-        // Sums of kChain, then the sum of those: one chain over all of N would lose accuracy.
-        for (int64_t i = 0; i < lanes; i += kLanes) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
+        const int64_t ahead = n + 2 * rows <= w.n ? rows * row_bytes : 0;
+        const uint8_t* codes = w.codes + (n * groups + first) * (kGroup / 2);
+        (rows == 1 ? add_one : add_some)(codes, row_bytes, units[0], kSlice * 2, factors, count, ahead, sums);
+        n += rows;
       }
-      for (int m = 0; m < M; ++m)
-        for (int64_t g = 0; g < count; ++g) {
-          alignas(sizeof(F)) float natural[kGroup];
-          from_lookup_order(total + (g * M + m) * kGroup, natural);
-          from_floats(natural, kGroup, out + m * w.k + (first + g) * kGroup);
-        }
+      for (int64_t i = 0; i < lanes; i += kLanes) storeu(total + i, add(loadu(total + i), loadu(sums + i)));
+    }
+  }
+}
+
+// A few rows of dy, whole groups. acc[m] += code * (dy[m, n] * scale); in bf16 and fp16 the weight is scaled and
+// rounded first. Threads split N, so that each reads W as it lies: pieces of rows cost a third more. The chunks that
+// they take depend on N alone, and are added in their order.
+template <class T, int M>
+void dx_few(const Weight& w, const T* dy, T* out, const Parallel& parallel) {
+  const int64_t groups = w.k / kGroup, width = M * w.k;
+  const int64_t rows = ceil_div(ceil_div(w.n, kMaxChunks), kChain) * kChain, chunks = ceil_div(w.n, rows);
+  Scratch<float> partial(chunks * width);
+  for_ranges(parallel, chunks, [&](int64_t begin, int64_t end) {
+    Scales decoder(w);
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      add_chunk<T, M>(w, chunk * rows, min64(chunk * rows + rows, w.n), dy, decoder, partial.get() + chunk * width);
+  });
+  for_ranges(parallel, groups, [&](int64_t begin, int64_t end) {
+    alignas(sizeof(F)) float sums[kGroup], natural[kGroup];
+    for (int64_t at = begin * M; at < end * M; ++at) {
+      std::memcpy(sums, partial.get() + at * kGroup, sizeof sums);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        for (int64_t i = 0; i < kGroup; i += kLanes)
+          storeu(sums + i, add(loadu(sums + i), loadu(partial.get() + chunk * width + at * kGroup + i)));
+      from_lookup_order(sums, natural);
+      from_floats(natural, kGroup, out + at % M * w.k + at / M * kGroup);
     }
   });
 }
