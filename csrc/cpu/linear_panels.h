@@ -76,8 +76,8 @@ inline void multiply_tile(const Tile& tile, int64_t rows, int64_t depth, const f
   }
 }
 
-// The adapter's x A^T for m rows from m0 on: kept as it is in adapter.xa, and scaled in [tiles][rank][kTile]. A task is
-// a few rows of A and one tile of x.
+// The adapter's x A^T for m rows from m0 on: as it is in adapter.xa, and scaled in [tiles][rank][kTile]. A task is a
+// few rows of A and one tile of x.
 inline void multiply_a_tiles(const LowRank& adapter, int64_t k, int64_t m0, int64_t m, const float* packed,
                              float* packed_xa, const Parallel& parallel) {
   constexpr int64_t kRowsOfA = 12;

@@ -122,10 +122,12 @@ void dot_span(const float* weights, const float* x, int64_t ld, int64_t count, f
   }
 }
 
-// The adapter's x A^T for M rows: kept as it is in adapter.xa, and scaled in [M][stride of a row], zeros behind.
+// Floats a row of the scaled x A^T: whole vectors, zeros behind the rank.
 inline int64_t adapter_stride(const LowRank* adapter) {
   return adapter == nullptr ? 0 : ceil_div(adapter->rank, kLanes) * kLanes;
 }
+
+// The adapter's x A^T for M rows: as it is in adapter.xa, and scaled in [M][adapter_stride].
 template <class T, int M>
 void multiply_a_rows(const LowRank& adapter, int64_t k, const T* x, float* scaled, const Parallel& parallel) {
   constexpr int64_t kSpan = 1024;
@@ -162,11 +164,12 @@ void add_low_rank(const LowRank& adapter, const float* scaled, int64_t n0, int64
       const int64_t count = min64(kGroup, rank - first);
       read_floats(adapter.b_dtype, adapter.b, (n0 + i) * rank + first, count, b);
       for (int64_t r = count; r % kLanes != 0; ++r) b[r] = 0.0f;
-      for (int64_t r = 0; r < count; r += kLanes)
-        for (int m = 0; m < M; ++m) {
-          float* to = sums + m * kLanes;
-          storeu(to, fma(loadu(b + r), loadu(scaled + m * stride + first + r), loadu(to)));
-        }
+      for (int m = 0; m < M; ++m) {
+        F acc = loadu(sums + m * kLanes);
+        for (int64_t r = 0; r < count; r += kLanes)
+          acc = fma(loadu(b + r), loadu(scaled + m * stride + first + r), acc);
+        storeu(sums + m * kLanes, acc);
+      }
     }
 }
 

@@ -119,9 +119,11 @@ def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _added_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The base by its kernel; the adapter, a small share of the work, is added to its result."""
-    if torch.is_autocast_enabled(x.device.type):
-        raise RuntimeError("autocast would round the fp32 products inside")  # switched off where the checks are made
-    _check(x, *rest)  # torch itself would broadcast what does not fit
+    # Torch itself would take more than fits: other dtypes, what can be broadcast, and fp32 products for autocast to
+    # round, which is switched off where the backends are chosen.
+    if torch.is_autocast_enabled(x.device.type) or _native_unsupported(x, *rest) is not None:
+        raise RuntimeError("lora_linear: not for autocast or these dtypes")
+    _check(x, *rest)
     *weight, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
     xa = _drop(x.float(), seed, dropout_p) @ lora_A.float().t()
     if weight[1] is None:

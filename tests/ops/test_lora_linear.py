@@ -182,6 +182,13 @@ def test_adapters_in_fp64_are_computed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "nested"])
+def test_fp64_stays_in_fp64_without_gradients(kind: str) -> None:
+    weight, x, A, B = base(kind, 6, 64, torch.float64), randn(3, 64, dtype=torch.float64), randn(2, 64), randn(6, 2)
+    y = ops.lora_linear(x, weight, A, B, SCALING)
+    assert_close(y, truth(x, exact(weight, torch.float64), A.double(), B.double()))
+
+
+@pytest.mark.parametrize("kind", ["dense", "nested"])
 def test_autocast_without_gradients_leaves_the_sums_in_fp32(kind: str) -> None:
     weight, x, A, B = base(kind, 6, 64, torch.bfloat16), randn(3, 64), randn(2, 64), randn(6, 2)
     expected = ops.lora_linear(x.bfloat16(), weight, A, B, SCALING)
