@@ -11,6 +11,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -19,6 +20,7 @@
 namespace {
 
 using peftrt::cpu::Dtype;
+using peftrt::cpu::LowRank;
 using peftrt::cpu::Parallel;
 using peftrt::cpu::Weight;
 using torch::headeronly::ScalarType;
@@ -139,9 +141,9 @@ Product check_product(const char* op, const char* argument, const Tensor& a, con
   return {dtype_of(a, op, argument), rows};
 }
 
-void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                    std::optional<Tensor> nested_offset, int64_t block_size, std::optional<Tensor> bias, Tensor out) {
-  const char* op = "nf4_linear";
+void linear(const char* op, const Tensor& x, const Tensor& codes, const Tensor& absmax,
+            const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset, int64_t block_size,
+            const std::optional<Tensor>& bias, const LowRank* adapter, const Tensor& out) {
   const Product product = check_product(op, "x", x, out);
   const int64_t n = out.size(-1), k = x.size(-1);
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
@@ -151,7 +153,13 @@ void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor>
           "[N], of x's dtype");
   }
   peftrt::cpu::kernels().nf4_linear(weight, product.dtype, product.rows, x.const_data_ptr(),
-                                    bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), parallel());
+                                    bias ? bias->const_data_ptr() : nullptr, adapter, out.mutable_data_ptr(),
+                                    parallel());
+}
+
+void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                    std::optional<Tensor> nested_offset, int64_t block_size, std::optional<Tensor> bias, Tensor out) {
+  linear("nf4_linear", x, codes, absmax, nested_absmax, nested_offset, block_size, bias, nullptr, out);
 }
 
 void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -169,12 +177,13 @@ std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
-// An empty [..., width] for a product of `a` [..., a_width].
-Tensor empty_product(const char* op, const char* argument, const Tensor& a, int64_t a_width, int64_t width) {
+// An empty [..., width] for a product of `a` [..., a_width], of a's dtype unless another is named.
+Tensor empty_product(const char* op, const char* argument, const Tensor& a, int64_t a_width, int64_t width,
+                     std::optional<ScalarType> dtype = std::nullopt) {
   check(a.is_cpu() && a.dim() >= 1 && a.size(-1) == a_width, op, argument, "[..., features] on the CPU");
   std::vector<int64_t> sizes(size_t(a.dim()), width);
   for (int64_t i = 0; i + 1 < a.dim(); ++i) sizes[size_t(i)] = a.size(i);
-  return torch::stable::new_empty(a, sizes);
+  return torch::stable::new_empty(a, sizes, dtype);
 }
 
 // The same with any strides and a result of their own: what the operations call.
@@ -185,6 +194,38 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> n
   nf4_linear_out(dense(x), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
                  dense(bias), out);
   return out;
+}
+
+// Beside y, in fp32, x A^T (of `dropped`, which is what the adapter sees of x, where it is given).
+std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, std::optional<Tensor> dropped, Tensor codes, Tensor absmax,
+                                           std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
+                                           int64_t n, int64_t k, int64_t block_size, Tensor lora_A, Tensor lora_B,
+                                           double scaling, std::optional<Tensor> bias) {
+  const char* op = "nf4_lora_linear";
+  check(lora_A.is_cpu() && lora_A.dim() == 2 && lora_A.size(1) == k, op, "lora_A", "[R, K] on the CPU");
+  const int64_t rank = lora_A.size(0);
+  check(lora_B.is_cpu() && lora_B.dim() == 2 && lora_B.size(0) == n && lora_B.size(1) == rank, op, "lora_B",
+        "[N, R] on the CPU");
+  Tensor out = empty_product(op, "x", x, k, n), xa = empty_product(op, "x", x, k, rank, ScalarType::Float);
+  if (dropped) {
+    check(dropped->is_cpu() && dropped->scalar_type() == ScalarType::Float && dropped->dim() == x.dim(), op, "dropped",
+          "float32, of x's shape");
+    for (int64_t i = 0; i < x.dim(); ++i) check(dropped->size(i) == x.size(i), op, "dropped", "float32, of x's shape");
+  }
+  const Tensor a = dense(lora_A), b = dense(lora_B);
+  const std::optional<Tensor> seen = dense(dropped);
+  LowRank adapter = {};
+  adapter.rank = rank;
+  adapter.a_dtype = dtype_of(a, op, "lora_A");
+  adapter.b_dtype = dtype_of(b, op, "lora_B");
+  adapter.a = a.const_data_ptr();
+  adapter.b = b.const_data_ptr();
+  adapter.dropped = seen ? static_cast<const float*>(seen->const_data_ptr()) : nullptr;
+  adapter.scaling = float(scaling);
+  adapter.xa = static_cast<float*>(xa.mutable_data_ptr());
+  linear(op, dense(x), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size, dense(bias),
+         &adapter, out);
+  return {out, xa};
 }
 
 Tensor nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -219,6 +260,8 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor(a!) codes, Tensor(b!) nested_absmax) -> ()");
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
   m.def("nf4_linear.out(Tensor x, " PEFTRT_WEIGHT "int block_size, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("nf4_lora_linear(Tensor x, Tensor? dropped, " PEFTRT_WEIGHT
+        "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias) -> (Tensor, Tensor)");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
   m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
@@ -231,6 +274,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
   m.impl("nf4_linear.out", TORCH_BOX(&nf4_linear_out));
+  m.impl("nf4_lora_linear", TORCH_BOX(&nf4_lora_linear));
   m.impl("nf4_linear_dx", TORCH_BOX(&nf4_linear_dx));
   m.impl("nf4_linear_dx.out", TORCH_BOX(&nf4_linear_dx_out));
   m.impl("dropout", TORCH_BOX(&dropout));

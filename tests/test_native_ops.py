@@ -333,3 +333,31 @@ def test_bad_activations_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("x must be", {"x": torch.zeros(2, 64)}),
+        ("x must be float32", {"x": torch.zeros(2, 128).double()}),
+        ("x must be", {"x": torch.tensor(0.0)}),
+        ("dropped must be", {"dropped": torch.zeros(2, 128).half()}),
+        ("dropped must be", {"dropped": torch.zeros(3, 128)}),
+        ("dropped must be", {"dropped": torch.zeros(1, 2, 128)}),
+        ("lora_A must be", {"A": torch.zeros(3, 127)}),
+        ("lora_A must be", {"A": torch.zeros(3 * 128)}),
+        ("lora_A must be float32", {"A": torch.zeros(3, 128).long()}),
+        ("lora_B must be", {"B": torch.zeros(6, 4)}),
+        ("lora_B must be", {"B": torch.zeros(3, 6)}),
+        ("lora_B must be float32", {"B": torch.zeros(6, 3).double()}),
+        ("bias must be", {"bias": torch.zeros(5)}),
+        ("codes must have", {"block": 64, "weight": Weight(7, 128).args[:4]}),
+    ],
+)
+def test_a_bad_adapter_is_refused(message: str, change: dict) -> None:
+    good = {"x": torch.zeros(2, 128), "dropped": None, "weight": Weight(6, 128).args[:4], "block": 64}
+    good |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3), "bias": None} | change
+    with pytest.raises(RuntimeError, match=f"nf4_lora_linear: {message}"):
+        cpu.nf4_lora_linear(
+            good["x"], good["dropped"], *good["weight"], 6, 128, good["block"], good["A"], good["B"], 0.5, good["bias"]
+        )

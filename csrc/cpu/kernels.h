@@ -21,6 +21,17 @@ struct Weight {
   int block_size;  // a power of two, at least 32
 };
 
+// An adapter of a linear map, which adds scaling * xa B^T with xa = x A^T. A and B are in their own dtype.
+struct LowRank {
+  int64_t rank;
+  Dtype a_dtype, b_dtype;
+  const void* a;         // [rank, k]
+  const void* b;         // [n, rank]
+  const float* dropped;  // [m, k], what it sees of x after dropout; null: x itself
+  float scaling;
+  float* xa;  // [m, rank], written
+};
+
 // How a kernel spreads over threads: run(tasks, body, context) calls body(begin, end, context) over [0, tasks) in
 // disjoint ranges, at most `threads` of them at a time.
 struct Parallel {
@@ -41,9 +52,10 @@ struct Kernels {
   // the fp32 bytes of the largest difference in every 256
   void (*nf4_quantize_scales)(int64_t blocks, const uint8_t* absmax, float offset, uint8_t* codes,
                               uint8_t* nested_absmax, const Parallel& parallel);
-  // out[m, n] = sum_k x[m, k] * W[n, k] + bias[n]; W rounded to dtype, sums in fp32; bias may be null
-  void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, void* out,
-                     const Parallel& parallel);
+  // out[m, n] = sum_k x[m, k] * W[n, k] + bias[n] + scaling * sum_r xa[m, r] * B[n, r]; W rounded to dtype, sums in
+  // fp32, one rounding at the end; bias and adapter may be null
+  void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, const LowRank* adapter,
+                     void* out, const Parallel& parallel);
   // out[m, k] = sum_n dy[m, n] * W[n, k]; W rounded to dtype, sums in fp32
   void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, void* out, const Parallel& parallel);
   // out[j] = x[j] / keep_share where the word hashed from seed and j is >= threshold, else 0

@@ -3,7 +3,7 @@
 // x is packed transposed, [tiles of kTile rows][K][kTile]. Rows of W are decoded a panel [rows][kDepth] at a time into
 // L1 or L2 and are the scalars of the micro-kernel (micro.h); its outputs, transposed, gather in [tiles][rows][kTile]
 // over K and are written with the bias at the end. Neither W nor a transpose of it is ever stored whole. Threads split
-// N.
+// N. An adapter is more K: columns of B behind those of W, and x A^T, packed like x, behind x.
 #pragma once
 
 #include "cpu/linear_rows.h"
@@ -23,15 +23,15 @@ struct Tile {
 inline Tile tile_at(int64_t tile, int64_t m) { return {tile * kTile, m - tile * kTile <= kLanes ? kLanes : kTile}; }
 
 template <class T>
-void pack_x(const Weight& w, int64_t m, const T* x, float* packed, const Parallel& parallel) {
+void pack_x(int64_t width, int64_t m, const T* x, float* packed, const Parallel& parallel) {
   constexpr int64_t kSlice = 512;
-  const int64_t slices = ceil_div(w.k, kSlice);
+  const int64_t slices = ceil_div(width, kSlice);
   for_ranges(parallel, ceil_div(m, kTile) * slices, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = tile_at(task / slices, m);
       const int64_t k = task % slices * kSlice;
-      pack_transposed(x + tile.first * w.k + k, w.k, m - tile.first, min64(kSlice, w.k - k), tile.lanes,
-                      packed + tile.first * w.k + k * tile.lanes);
+      pack_transposed(x + tile.first * width + k, width, m - tile.first, min64(kSlice, width - k), tile.lanes,
+                      packed + tile.first * width + k * tile.lanes);
     }
   });
 }
@@ -76,6 +76,34 @@ inline void multiply_tile(const Tile& tile, int64_t rows, int64_t depth, const f
   }
 }
 
+// The adapter's x A^T for m rows from m0 on: as it is in adapter.xa, and scaled in [tiles][rank][kTile]. A task is a
+// few rows of A and one tile of x.
+inline void multiply_a_tiles(const LowRank& adapter, int64_t k, int64_t m0, int64_t m, const float* packed,
+                             float* packed_xa, const Parallel& parallel) {
+  constexpr int64_t kRowsOfA = 12;
+  const int64_t rank = adapter.rank, blocks = ceil_div(rank, kRowsOfA);
+  for_ranges(parallel, ceil_div(m, kTile) * blocks, [&](int64_t begin, int64_t end) {
+    Scratch<float> rows_of_a(kRowsOfA * kDepthStride);
+    for (int64_t task = begin; task < end; ++task) {
+      const Tile tile = tile_at(task / blocks, m);
+      const int64_t r0 = task % blocks * kRowsOfA, rows = min64(kRowsOfA, rank - r0);
+      float* ct = packed_xa + tile.first * rank + r0 * tile.lanes;
+      for (int64_t first = 0; first < k; first += kDepth) {
+        const int64_t depth = min64(kDepth, k - first);
+        for (int64_t i = 0; i < rows; ++i)
+          read_floats(adapter.a_dtype, adapter.a, (r0 + i) * k + first, depth, rows_of_a.get() + i * kDepthStride);
+        multiply_tile(tile, rows, depth, rows_of_a.get(), packed + tile.first * k + first * tile.lanes, ct, first > 0);
+      }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t lane = 0; lane < tile.lanes; ++lane) {
+          float* value = ct + i * tile.lanes + lane;
+          if (tile.first + lane < m) store_one(adapter.xa + (m0 + tile.first + lane) * rank + r0 + i, *value);
+          *value *= adapter.scaling;
+        }
+    }
+  });
+}
+
 // Asks for the codes that the panel after this one will decode: of the same row, or of a row of the next chunk. Rows
 // are read a piece at a time, which no prefetcher follows; cold, it saves a tenth at M = 16.
 inline void fetch_next_panel(const Weight& w, int64_t row, int64_t k, int64_t next_row) {
@@ -87,12 +115,22 @@ inline void fetch_next_panel(const Weight& w, int64_t row, int64_t k, int64_t ne
 }
 
 template <class T>
-void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bias, T* out, const Parallel& parallel) {
-  const int64_t tiles = ceil_div(m, kTile);
+void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bias, const LowRank* adapter,
+                   const float* packed_xa, T* out, const Parallel& parallel) {
+  const int64_t tiles = ceil_div(m, kTile), rank = adapter == nullptr ? 0 : adapter->rank;
   const int64_t chunk = m <= 32 ? 24 : 96;  // rows of W a panel, a multiple of 12: in L1 for few tiles, else in L2
   for_ranges(parallel, ceil_div(w.n, chunk), [&](int64_t begin, int64_t end) {
     Scales decoder(w);
     Scratch<float> weights(chunk * kDepthStride), ct(chunk * tiles * kTile), units(chunk * w.k / 32 + 4);
+    // a panel of weights times every tile of x, or of x A^T, [tiles][width][kTile], from k on
+    const auto multiply_tiles = [&](int64_t width, int64_t k, int64_t depth, int64_t rows, const float* from,
+                                    bool add_to_ct) {
+      for (int64_t t = 0; t < tiles; ++t) {
+        const Tile tile = tile_at(t, m);
+        multiply_tile(tile, rows, depth, weights.get(), from + tile.first * width + k * tile.lanes,
+                      ct.get() + t * kTile * chunk, add_to_ct);
+      }
+    };
     for (int64_t n0 = begin * chunk; n0 < min64(end * chunk, w.n); n0 += chunk) {
       const int64_t rows = min64(chunk, w.n - n0);
       const Units range = units_of(w, n0 * w.k, rows * w.k);
@@ -105,11 +143,13 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
           decode_span<T>(w, start, depth, units.get() + (start / kGroup * 2 - range.first),
                          weights.get() + i * kDepthStride);
         }
-        for (int64_t t = 0; t < tiles; ++t) {
-          const Tile tile = tile_at(t, m);
-          multiply_tile(tile, rows, depth, weights.get(), packed + tile.first * w.k + k * tile.lanes,
-                        ct.get() + t * kTile * chunk, k > 0);
-        }
+        multiply_tiles(w.k, k, depth, rows, packed, k > 0);
+      }
+      for (int64_t r = 0; r < rank; r += kDepth) {
+        const int64_t depth = min64(kDepth, rank - r);
+        for (int64_t i = 0; i < rows; ++i)
+          read_floats(adapter->b_dtype, adapter->b, (n0 + i) * rank + r, depth, weights.get() + i * kDepthStride);
+        multiply_tiles(rank, r, depth, rows, packed_xa, true);
       }
       for (int64_t t = 0; t < tiles; ++t)
         write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, bias, out);

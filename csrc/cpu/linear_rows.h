@@ -4,6 +4,7 @@
 //       x is permuted once a call into [K / 64][M][64] in the order that lookup64 yields codes in; in bf16 and fp16
 //       each weight is scaled and rounded before it is multiplied
 //   any K:  a row of W is decoded a span at a time into L1
+// An adapter's x A^T comes first; its product with a row of B is added to that row's sums, lane by lane.
 // Threads split N; a sum's order depends on nothing but K.
 #pragma once
 
@@ -16,6 +17,18 @@ namespace peftrt::cpu::PEFTRT_ISA {
 template <class T>
 inline float bias_at(const T* bias, int64_t n) {
   return bias != nullptr ? load_one(bias + n) : 0.0f;
+}
+
+// `count` elements from the `first` of a tensor on, as floats.
+inline void read_floats(Dtype dtype, const void* tensor, int64_t first, int64_t count, float* to) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return to_floats(static_cast<const float*>(tensor) + first, count, to);
+    case Dtype::kBFloat16:
+      return to_floats(static_cast<const bf16*>(tensor) + first, count, to);
+    case Dtype::kFloat16:
+      return to_floats(static_cast<const fp16*>(tensor) + first, count, to);
+  }
 }
 
 template <class T>
@@ -92,32 +105,6 @@ PEFTRT_INLINE void dot_row(const Weight& w, Scales& scales, int64_t first, const
   }
 }
 
-// A block of rows of W passes over a slice of x that stays in L1: 16 KB of it, for any M.
-template <class T, int M>
-void linear_groups(const Weight& w, const T* x, const T* bias, T* out, const Parallel& parallel) {
-  constexpr int64_t kRows = 16;
-  constexpr int64_t kSlice = 4096 / M / kGroup;  // groups
-  const int64_t groups = w.k / kGroup;
-  Scratch<float> permuted(M * w.k);
-  permute_x(w.k, M, x, permuted.get());
-  for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
-    Scales scales(w);
-    alignas(sizeof(F)) float sums[kRows][M * kLanes];
-    for (int64_t n0 = begin * kRows; n0 < min64(end * kRows, w.n); n0 += kRows) {
-      const int64_t rows = min64(kRows, w.n - n0);
-      std::memset(sums, 0, sizeof sums);
-      const int64_t ahead = n0 + 2 * kRows <= w.n ? kRows * groups * (kGroup / 2) : 0;
-      for (int64_t g = 0; g < groups; g += kSlice)
-        for (int64_t i = 0; i < rows; ++i)
-          dot_row<T, M>(w, scales, (n0 + i) * groups + g, permuted.get() + g * M * kGroup, min64(kSlice, groups - g),
-                        ahead, sums[i]);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int m = 0; m < M; ++m)
-          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + kLanes * m)) + bias_at(bias, n0 + i));
-    }
-  });
-}
-
 template <int M>
 void dot_span(const float* weights, const float* x, int64_t ld, int64_t count, float* sums) {
   F acc[M];
@@ -135,8 +122,88 @@ void dot_span(const float* weights, const float* x, int64_t ld, int64_t count, f
   }
 }
 
+// Floats a row of the scaled x A^T: whole vectors, zeros behind the rank.
+inline int64_t adapter_stride(const LowRank* adapter) {
+  return adapter == nullptr ? 0 : ceil_div(adapter->rank, kLanes) * kLanes;
+}
+
+// The adapter's x A^T for M rows: as it is in adapter.xa, and scaled in [M][adapter_stride].
 template <class T, int M>
-void linear_any_k(const Weight& w, const T* x, const T* bias, T* out, const Parallel& parallel) {
+void multiply_a_rows(const LowRank& adapter, int64_t k, const T* x, float* scaled, const Parallel& parallel) {
+  constexpr int64_t kSpan = 1024;
+  const int64_t stride = adapter_stride(&adapter);
+  Scratch<float> floats(M * k);
+  if (adapter.dropped != nullptr)
+    to_floats(adapter.dropped, M * k, floats.get());
+  else
+    to_floats(x, M * k, floats.get());
+  for_ranges(parallel, stride, [&](int64_t begin, int64_t end) {
+    alignas(sizeof(F)) float row[kSpan];
+    for (int64_t r = begin; r < end; ++r) {
+      float sums[M] = {0.0f};
+      for (int64_t i = 0; r < adapter.rank && i < k; i += kSpan) {
+        const int64_t count = min64(kSpan, k - i);
+        read_floats(adapter.a_dtype, adapter.a, r * k + i, count, row);
+        dot_span<M>(row, floats.get() + i, k, count, sums);
+      }
+      for (int m = 0; m < M; ++m) {
+        if (r < adapter.rank) store_one(adapter.xa + m * adapter.rank + r, sums[m]);
+        scaled[m * stride + r] = sums[m] * adapter.scaling;
+      }
+    }
+  });
+}
+
+// sums[i][m] += rows of B from n0 on times the scaled x A^T, lane by lane.
+template <int M>
+void add_low_rank(const LowRank& adapter, const float* scaled, int64_t n0, int64_t rows, float* sums) {
+  const int64_t rank = adapter.rank, stride = adapter_stride(&adapter);
+  for (int64_t i = 0; i < rows; ++i, sums += M * kLanes)
+    for (int64_t first = 0; first < rank; first += kGroup) {
+      alignas(sizeof(F)) float b[kGroup];
+      const int64_t count = min64(kGroup, rank - first);
+      read_floats(adapter.b_dtype, adapter.b, (n0 + i) * rank + first, count, b);
+      for (int64_t r = count; r % kLanes != 0; ++r) b[r] = 0.0f;
+      for (int m = 0; m < M; ++m) {
+        F acc = loadu(sums + m * kLanes);
+        for (int64_t r = 0; r < count; r += kLanes)
+          acc = fma(loadu(b + r), loadu(scaled + m * stride + first + r), acc);
+        storeu(sums + m * kLanes, acc);
+      }
+    }
+}
+
+// A block of rows of W passes over a slice of x that stays in L1: 16 KB of it, for any M.
+template <class T, int M>
+void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled, T* out,
+                   const Parallel& parallel) {
+  constexpr int64_t kRows = 16;
+  constexpr int64_t kSlice = 4096 / M / kGroup;  // groups
+  const int64_t groups = w.k / kGroup;
+  Scratch<float> permuted(M * w.k);
+  permute_x(w.k, M, x, permuted.get());
+  for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
+    Scales scales(w);
+    alignas(sizeof(F)) float sums[kRows][M * kLanes];
+    for (int64_t n0 = begin * kRows; n0 < min64(end * kRows, w.n); n0 += kRows) {
+      const int64_t rows = min64(kRows, w.n - n0);
+      std::memset(sums, 0, sizeof sums);
+      const int64_t ahead = n0 + 2 * kRows <= w.n ? kRows * groups * (kGroup / 2) : 0;
+      for (int64_t g = 0; g < groups; g += kSlice)
+        for (int64_t i = 0; i < rows; ++i)
+          dot_row<T, M>(w, scales, (n0 + i) * groups + g, permuted.get() + g * M * kGroup, min64(kSlice, groups - g),
+                        ahead, sums[i]);
+      if (adapter != nullptr) add_low_rank<M>(*adapter, scaled, n0, rows, sums[0]);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int m = 0; m < M; ++m)
+          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + kLanes * m)) + bias_at(bias, n0 + i));
+    }
+  });
+}
+
+template <class T, int M>
+void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled, T* out,
+                  const Parallel& parallel) {
   constexpr int64_t kSpan = 512;
   Scratch<float> floats(M * w.k);
   to_floats(x, M * w.k, floats.get());
@@ -153,15 +220,22 @@ void linear_any_k(const Weight& w, const T* x, const T* bias, T* out, const Para
         decode_span<T>(w, start, count, units, weights);
         dot_span<M>(weights, floats.get() + k, w.k, count, sums);
       }
+      if (adapter != nullptr) {
+        alignas(sizeof(F)) float lanes[M * kLanes] = {0.0f};
+        add_low_rank<M>(*adapter, scaled, n, 1, lanes);
+        for (int m = 0; m < M; ++m) sums[m] += sum(loadu(lanes + m * kLanes));
+      }
       for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, sums[m] + bias_at(bias, n));
     }
   });
 }
 
 template <class T, int M>
-void linear_rows(const Weight& w, const T* x, const T* bias, T* out, const Parallel& parallel) {
-  if (w.k % kGroup == 0 && w.k > 0) return linear_groups<T, M>(w, x, bias, out, parallel);
-  linear_any_k<T, M>(w, x, bias, out, parallel);
+void linear_rows(const Weight& w, const T* x, const T* bias, const LowRank* adapter, T* out, const Parallel& parallel) {
+  Scratch<float> scaled(M * adapter_stride(adapter));
+  if (adapter != nullptr) multiply_a_rows<T, M>(*adapter, w.k, x, scaled.get(), parallel);
+  if (w.k % kGroup == 0 && w.k > 0) return linear_groups<T, M>(w, x, bias, adapter, scaled.get(), out, parallel);
+  linear_any_k<T, M>(w, x, bias, adapter, scaled.get(), out, parallel);
 }
 
 }  // namespace peftrt::cpu::PEFTRT_ISA

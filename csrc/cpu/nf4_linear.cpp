@@ -1,4 +1,5 @@
-// out[m, n] = sum_k x[m, k] * W[n, k] + bias[n], W decoded to x's dtype, products summed in fp32.
+// out[m, n] = sum_k x[m, k] * W[n, k] + bias[n], W decoded to x's dtype, products summed in fp32; with an adapter, its
+// share is in the same sum.
 //
 // Threads split N. Two paths, by M: linear_rows.h decodes in registers for a few rows of x, linear_panels.h decodes in
 // the packing step of a matrix multiplication above. An output's sum has the same order whatever the thread count and
@@ -15,46 +16,60 @@ namespace {
 constexpr int kFewRows = 8;
 
 template <class T, int M>
-void linear_few(const Weight& w, int64_t m, const T* x, const T* bias, T* out, const Parallel& parallel) {
+void linear_few(const Weight& w, int64_t m, const T* x, const T* bias, const LowRank* adapter, T* out,
+                const Parallel& parallel) {
   if constexpr (M > 1) {
-    if (m < M) return linear_few<T, M - 1>(w, m, x, bias, out, parallel);
+    if (m < M) return linear_few<T, M - 1>(w, m, x, bias, adapter, out, parallel);
   }
-  linear_rows<T, M>(w, x, bias, out, parallel);
+  linear_rows<T, M>(w, x, bias, adapter, out, parallel);
 }
 
 template <class T>
-void linear(const Weight& w, int64_t m, const T* x, const T* bias, T* out, const Parallel& parallel) {
-  if (m == 0 || w.n == 0) return;
-  if (m <= kFewRows) return linear_few<T, kFewRows>(w, m, x, bias, out, parallel);
+void linear(const Weight& w, int64_t m, const T* x, const T* bias, const LowRank* adapter, T* out,
+            const Parallel& parallel) {
+  if (m == 0 || (w.n == 0 && adapter == nullptr)) return;
+  if (m <= kFewRows) return linear_few<T, kFewRows>(w, m, x, bias, adapter, out, parallel);
+  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
+  const float* dropped = adapter == nullptr ? nullptr : adapter->dropped;
   if (w.k == 0) {
+    if (rank > 0) std::memset(static_cast<void*>(adapter->xa), 0, size_t(m * rank) * sizeof(float));
     for (int64_t row = 0; row < m; ++row)
       for (int64_t n = 0; n < w.n; ++n) store_one(out + row * w.n + n, bias_at(bias, n));
     return;
   }
-  Scratch<float> packed(ceil_div(min64(m, kMaxRowsOfX), kTile) * kTile * w.k);
+  const int64_t most = ceil_div(min64(m, kMaxRowsOfX), kTile) * kTile;
+  Scratch<float> packed(most * w.k), packed_xa(most * rank);
   for (int64_t first = 0; first < m; first += kMaxRowsOfX) {
     const int64_t rows = min64(kMaxRowsOfX, m - first);
-    pack_x(w, rows, x + first * w.k, packed.get(), parallel);
-    linear_panels(w, rows, packed.get(), bias, out + first * w.n, parallel);
+    // What the adapter sees of x passes through the same buffer first, where that is not x itself.
+    if (dropped != nullptr) {
+      pack_x(w.k, rows, dropped + first * w.k, packed.get(), parallel);
+      multiply_a_tiles(*adapter, w.k, first, rows, packed.get(), packed_xa.get(), parallel);
+    }
+    pack_x(w.k, rows, x + first * w.k, packed.get(), parallel);
+    if (adapter != nullptr && dropped == nullptr)
+      multiply_a_tiles(*adapter, w.k, first, rows, packed.get(), packed_xa.get(), parallel);
+    linear_panels(w, rows, packed.get(), bias, adapter, packed_xa.get(), out + first * w.n, parallel);
   }
 }
 
 template <class T>
-void linear_typed(const Weight& w, int64_t m, const void* x, const void* bias, void* out, const Parallel& parallel) {
-  linear(w, m, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(out), parallel);
+void linear_typed(const Weight& w, int64_t m, const void* x, const void* bias, const LowRank* adapter, void* out,
+                  const Parallel& parallel) {
+  linear(w, m, static_cast<const T*>(x), static_cast<const T*>(bias), adapter, static_cast<T*>(out), parallel);
 }
 
 }  // namespace
 
-void nf4_linear(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, void* out,
-                const Parallel& parallel) {
+void nf4_linear(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, const LowRank* adapter,
+                void* out, const Parallel& parallel) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return linear_typed<float>(w, m, x, bias, out, parallel);
+      return linear_typed<float>(w, m, x, bias, adapter, out, parallel);
     case Dtype::kBFloat16:
-      return linear_typed<bf16>(w, m, x, bias, out, parallel);
+      return linear_typed<bf16>(w, m, x, bias, adapter, out, parallel);
     case Dtype::kFloat16:
-      return linear_typed<fp16>(w, m, x, bias, out, parallel);
+      return linear_typed<fp16>(w, m, x, bias, adapter, out, parallel);
   }
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
 from peftrt.ops import _native
-from peftrt.ops._define import Backend, define, reference_backend
+from peftrt.ops._define import OPS, Backend, define, reference_backend
 from peftrt.ops._seed import as_seed, check_seed
 from peftrt.ops._weight import (
     WEIGHT,
@@ -64,7 +64,7 @@ def lora_linear(
     x, weight, bias = _autocast(x, weight, bias)
     args = weight_args("lora_linear", weight)
     drawn = as_seed(seed, x) if dropout_p else None
-    return torch.ops.peftrt.lora_linear(x, *args, lora_A, lora_B, scaling, bias, dropout_p, drawn)[0]
+    return _FORWARD(x, *args, lora_A, lora_B, scaling, bias, dropout_p, drawn)[0]
 
 
 def _autocast(
@@ -105,13 +105,31 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 
 
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Over NF4 on a CPU one kernel sums the base's and the adapter's share."""
+    *weight, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
+    if weight[1] is None or not x.is_cpu:
+        return _added_forward(x, *rest)
+    dropped = None
+    if dropout_p:
+        check_seed("lora_linear", "dropout_p", dropout_p, seed, x)
+        dropped = _drop(x.float(), seed, dropout_p)
+    lora_A, lora_B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
+    return torch.ops.peftrt_cpu.nf4_lora_linear.default(x, dropped, *weight, lora_A, lora_B, scaling, bias)
+
+
+def _added_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The base by its kernel; the adapter, a small share of the work, is added to its result."""
+    # Torch itself would take more than fits: other dtypes, what can be broadcast, and fp32 products for autocast to
+    # round, which is switched off where the backends are chosen.
+    if torch.is_autocast_enabled(x.device.type) or _native_unsupported(x, *rest) is not None:
+        raise RuntimeError("lora_linear: not for autocast or these dtypes")
+    _check(x, *rest)
     *weight, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
     xa = _drop(x.float(), seed, dropout_p) @ lora_A.float().t()
     if weight[1] is None:
         y = torch.nn.functional.linear(x, weight[0], bias)
     else:
-        y = torch.ops.peftrt.nf4_linear(x, *weight, bias)
+        y = OPS["nf4_linear"](x, *weight, bias)
     if y.dtype == torch.float32:
         y.view(-1, y.shape[-1]).addmm_(xa.view(-1, xa.shape[-1]), lora_B.float().t(), alpha=scaling)
         return y, xa
@@ -119,7 +137,7 @@ def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    return torch.ops.peftrt.dropout(x, seed, p) if p else x
+    return OPS["dropout"](x, seed, p) if p else x
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,7 +175,7 @@ def _grad_input(
     dy: Tensor, weight: tuple[Any, ...], grad: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
     """dX = dY W + drop'(G A), with G ``grad`` [M, R]."""
-    dx = dy @ weight[0] if weight[1] is None else torch.ops.peftrt.nf4_linear_dx(dy, *weight)
+    dx = dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *weight)
     if not dropout_p and dx.dtype == grad.dtype:
         rows = dx.reshape(-1, dx.shape[-1])
         return torch.addmm(rows, grad, lora_A.to(grad.dtype)).view(dx.shape)
@@ -165,13 +183,13 @@ def _grad_input(
     return dx + through.to(dx.dtype)
 
 
-define(
+_FORWARD = define(
     f"lora_linear(Tensor x, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, float dropout_p, "
     "Tensor? seed) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda")),
+        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True),
         reference_backend(reference.forward),
     ),
     setup_context=_setup_context,

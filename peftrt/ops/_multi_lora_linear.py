@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops._define import define, reference_backend
+from peftrt.ops._define import OPS, define, reference_backend
 from peftrt.ops._weight import (
     WEIGHT,
     WeightArgs,
@@ -102,9 +102,7 @@ def multi_lora_linear(
         x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     n, k = table.B.shape[-1], table.A.shape[-1]
     args = (None, None, None, None, n, k, 0) if weight is None else weight_args("multi_lora_linear", weight)
-    return torch.ops.peftrt.multi_lora_linear(
-        x, *args, table.A, table.B, table.ranks, table.offsets, table.scaling, slot_ids, bias
-    )
+    return _FORWARD(x, *args, table.A, table.B, table.ranks, table.offsets, table.scaling, slot_ids, bias)
 
 
 _OPTIONAL_WEIGHT = WEIGHT.replace("Tensor weight", "Tensor? weight")
@@ -195,11 +193,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     table, weight = rest[:6], rest[6:]
     needs = ctx.needs_input_grad
-    dx, dA, dB = torch.ops.peftrt.multi_lora_linear_backward(dy, x, *table)
+    dx, dA, dB = _BACKWARD(dy, x, *table)
     dweight = dbias = None
     if needs[0] and weight[0] is not None:
         nf4 = (*weight, ctx.n, ctx.k, ctx.block_size)
-        dx = dx + (dy @ weight[0] if weight[1] is None else torch.ops.peftrt.nf4_linear_dx(dy, *nf4))
+        dx = dx + (dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *nf4))
     if needs[1]:
         dweight = dy.reshape(-1, ctx.n).t() @ x.reshape(-1, ctx.k)
     if needs[14]:
@@ -207,7 +205,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dx, dweight, None, None, None, None, None, None, dA, dB, None, None, None, None, dbias)
 
 
-define(
+_FORWARD = define(
     f"multi_lora_linear(Tensor x, {_OPTIONAL_WEIGHT}, {_TABLE}, Tensor? bias) -> Tensor",
     check=_check,
     fake=_fake,
@@ -215,7 +213,7 @@ define(
     setup_context=_setup_context,
     backward=_backward,
 )
-define(
+_BACKWARD = define(
     f"multi_lora_linear_backward(Tensor dy, Tensor x, {_TABLE}) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,

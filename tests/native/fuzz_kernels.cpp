@@ -22,6 +22,7 @@ namespace {
 
 using peftrt::cpu::Dtype;
 using peftrt::cpu::Kernels;
+using peftrt::cpu::LowRank;
 using peftrt::cpu::Parallel;
 using peftrt::cpu::Weight;
 
@@ -166,6 +167,42 @@ int run_conversions(const Kernels& kernels, const Case& c) {
   return 0;
 }
 
+// nf4_linear with an adapter of its own, beside a base whose exact results are `want`.
+int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& x, const uint8_t* bias,
+                std::vector<double> want, std::vector<double> magnitude, const Parallel& parallel) {
+  const int64_t rank = pick({0, 1, 2, 3, 7, 8, 9, 12, 13, 16, 17, 40, 64, 65, 130, 300});
+  const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
+  const bool drops = generator() % 2;
+  Case wide = c;  // of x A^T, and of what the adapter sees of x
+  wide.dtype = Dtype::kFloat32, wide.n = rank;
+  Bytes a(size_t(rank * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)), xa(size_t(c.m * rank) * 4),
+      dropped(size_t(c.m * c.k) * 4), y(size_t(c.m * c.n) * width(c.dtype));
+  for (int64_t i = 0; i < rank * c.k; ++i) write_small(a, a_dtype, i);
+  for (int64_t i = 0; i < c.n * rank; ++i) write_small(b, b_dtype, i);
+  for (int64_t i = 0; i < c.m * c.k; ++i) write_small(dropped, wide.dtype, i);
+  const auto floats = [](const Bytes& bytes) { return reinterpret_cast<float*>(bytes.get()); };
+  const LowRank adapter = {rank,   a_dtype,   b_dtype, a.get(), b.get(), drops ? floats(dropped) : nullptr,
+                           0.375f, floats(xa)};
+  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), bias, &adapter, y.get(), parallel);
+
+  std::vector<double> xa_want(size_t(c.m * rank)), xa_magnitude(xa_want);
+  for (int64_t i = 0; i < c.m * rank; ++i)
+    for (int64_t k = 0; k < c.k; ++k) {
+      const int64_t at = i / rank * c.k + k;
+      const double seen = drops ? read(dropped, wide.dtype, at) : read(x, c.dtype, at);
+      const double product = seen * read(a, a_dtype, i % rank * c.k + k);
+      xa_want[size_t(i)] += product, xa_magnitude[size_t(i)] += std::fabs(product);
+    }
+  if (compare("nf4_linear, x A^T", wide, xa, xa_want, xa_magnitude)) return 1;
+  for (int64_t i = 0; i < c.m * c.n; ++i)
+    for (int64_t r = 0; r < rank; ++r) {
+      const size_t at = size_t(i / c.n * rank + r);
+      const double factor = 0.375 * read(b, b_dtype, i % c.n * rank + r);
+      want[size_t(i)] += xa_want[at] * factor, magnitude[size_t(i)] += xa_magnitude[at] * std::fabs(factor);
+    }
+  return compare("nf4_linear, adapter", c, y, want, magnitude);
+}
+
 int run_case(const Kernels& kernels, const Case& c) {
   const int64_t numel = c.n * c.k, blocks = (numel + c.block_size - 1) / c.block_size;
   Bytes codes(size_t(numel + 1) / 2), absmax(size_t(c.nested ? blocks : 4 * blocks)),
@@ -207,7 +244,7 @@ int run_case(const Kernels& kernels, const Case& c) {
       y(size_t(c.m * c.n) * width(c.dtype));
   for (int64_t i = 0; i < c.m * c.k; ++i) write_small(x, c.dtype, i);
   for (int64_t i = 0; i < c.n; ++i) write_small(bias, c.dtype, i);
-  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), c.bias ? bias.get() : nullptr, y.get(), parallel);
+  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), c.bias ? bias.get() : nullptr, nullptr, y.get(), parallel);
   std::vector<double> want(size_t(c.m * c.n)), magnitude(want);
   for (int64_t i = 0; i < c.m * c.n; ++i) {
     const int64_t m = i / c.n, n = i % c.n;
@@ -219,6 +256,7 @@ int run_case(const Kernels& kernels, const Case& c) {
     want[size_t(i)] = sum, magnitude[size_t(i)] = absolute;
   }
   if (compare("nf4_linear", c, y, want, magnitude)) return 1;
+  if (run_adapter(kernels, c, weight, x, c.bias ? bias.get() : nullptr, want, magnitude, parallel)) return 1;
 
   Bytes dy(size_t(c.m * c.n) * width(c.dtype)), dx(size_t(c.m * c.k) * width(c.dtype));
   for (int64_t i = 0; i < c.m * c.n; ++i) write_small(dy, c.dtype, i);

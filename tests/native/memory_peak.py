@@ -45,6 +45,11 @@ if __name__ == "__main__":
             allowed = 2 * m * K * 4 + DENSE // 16
             assert status("VmHWM") - before < allowed, (m, str(call), status("VmHWM") - before, allowed)
             assert status("VmRSS") - before < allowed, (m, str(call))
+        A, B = torch.randn(16, K), torch.randn(N, 16)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        torch.ops.peftrt_cpu.nf4_lora_linear(x, None, *weight[:4], N, K, 64, A, B, 0.5, None)
+        assert status("VmHWM") - before < allowed + y.nbytes, (m, status("VmHWM") - before)
     dense, codes, absmax = torch.ones(N, K, dtype=torch.bfloat16), torch.empty_like(weight[0]), torch.ones(blocks)
     codes.zero_()
     Path("/proc/self/clear_refs").write_text("5")

@@ -30,6 +30,10 @@ if __name__ == "__main__":
         for m in (1, 16):
             torch.ops.peftrt_cpu.nf4_linear(torch.ones(m, k), *weight, None, torch.empty(m, n))
             torch.ops.peftrt_cpu.nf4_linear_dx(torch.ones(m, n), *weight, torch.empty(m, k))
+            lora_A, lora_B = torch.ones(8, k), torch.ones(n, 8)
+            torch.ops.peftrt_cpu.nf4_lora_linear(
+                torch.ones(m, k), None, *weight[:4], n, k, 64, lora_A, lora_B, 1.0, None
+            )
         dense = torch.empty(n, k)
         torch.ops.peftrt_cpu.nf4_dequantize(*weight, dense)
         torch.ops.peftrt_cpu.nf4_quantize(dense, 64, torch.empty_like(weight[0]), torch.empty_like(weight[1]))
