@@ -32,6 +32,12 @@ if __name__ == "__main__":
         torch.ones(1).view(torch.uint8),
         64,
     )
+    small = (weight[0][: 64 * 32], weight[1][:64], weight[2][:4], weight[3], 64)
+    for m in (1, 4, 16, 64):  # code and threads come into memory once, and are not what is measured
+        torch.ops.peftrt_cpu.nf4_linear_dx(torch.ones(m, 64), *small, torch.empty(m, 64))
+        torch.ops.peftrt_cpu.nf4_lora_linear(
+            torch.ones(m, 64), None, *small[:4], 64, 64, 64, torch.ones(4, 64), torch.ones(64, 4), 0.5, None
+        )
     for m in (1, 4, 16, 64):
         x, y = torch.randn(m, K), torch.empty(m, N)
         x.sum(), y.zero_()
