@@ -5,6 +5,11 @@
 
 namespace peftrt::cpu::PEFTRT_ISA {
 
+// Reads a byte, for its cache line to come near. A prefetch instruction would be dropped where the page is not in the
+// TLB, which for a weight is the usual case: with touch, dX at M = 4 takes 3.3 ms where it took 4.3 with and without
+// prefetches (N = K = 4096, cold, two threads, Zen 3, November 2026).
+PEFTRT_INLINE void touch(const uint8_t* byte) { (void)*static_cast<const volatile uint8_t*>(byte); }
+
 constexpr int64_t kGroup = 64;  // weights decoded together: 32 bytes of codes
 
 // Unit (32 weights) range that the groups touched by [start, start + count) need, clipped to the tensor.

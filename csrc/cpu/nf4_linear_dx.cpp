@@ -49,14 +49,14 @@ void pack_dy(int64_t n, int64_t rows, int64_t depth, const T* dy, float* packed,
   });
 }
 
-// Asks for the codes and scales of the rows of W in [n0, n1), columns [k0, k0 + width): pieces a whole row apart, which
+// Brings codes and scales of the rows of W in [n0, n1), columns [k0, k0 + width), near: pieces a whole row apart, which
 // no prefetcher follows.
 inline void fetch_rows(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t width) {
   const int shift = __builtin_ctz(unsigned(w.block_size)), bytes = w.nested_absmax == nullptr ? 4 : 1;
   for (int64_t n = n0; n < min64(n1, w.n); ++n) {
-    const int64_t start = n * w.k + k0, end = min64(start + width, w.n * w.k);
-    for (int64_t at = start; at < end; at += 128) __builtin_prefetch(w.codes + at / 2, 0, 2);
-    __builtin_prefetch(w.absmax + (start >> shift) * bytes, 0, 2);
+    const int64_t start = n * w.k + k0, end = start + min64(width, w.k - k0);
+    for (int64_t at = start; at < end; at += 128) touch(w.codes + at / 2);
+    touch(w.absmax + (start >> shift) * bytes);
   }
 }
 
@@ -92,29 +92,34 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
   }
 }
 
+// Columns [k0, k1) of dx. Rows of W are outermost, so that each page of W is visited once: to look one up that is in no
+// cache takes longer than to decode it, and W by columns had the few rows of dy wait three times as long as they
+// worked.
 template <class T>
-void dx_columns(const Weight& w, int64_t m, const Block& block, const float* packed, int64_t k0, Scales& decoder,
-                float* panels, float* acc, T* out) {
-  const int64_t width = min64(block.columns, w.k - k0), stride = block.stride();
-  const int64_t share = ceil_div(block.depth, ceil_div(m, kRows));
+void dx_columns(const Weight& w, int64_t m, const Block& block, const float* packed, int64_t k0, int64_t k1,
+                Scales& decoder, float* panels, float* acc, T* out) {
+  const int64_t ld = ceil_div(k1 - k0, kPanel) * kPanel, stride = block.stride(),
+                share = ceil_div(block.depth, ceil_div(m, kRows));
   for (int64_t n0 = 0; n0 < w.n; n0 += block.depth) {
     const int64_t depth = min64(block.depth, w.n - n0);
-    decode_panels<T>(w, n0, depth, k0, width, decoder, stride, panels);
     const float* dy = packed + n0 * m;
-    // Every tile of dy passes over all panels, which so stay in L2: to decode into lines that have left it costs three
-    // times the decoding. Meanwhile the rows to be decoded next come near.
-    const bool last = n0 + block.depth >= w.n;
-    const int64_t next = last ? 0 : n0 + block.depth, next_k = last ? min64(k0 + block.columns, w.k - 1) : k0;
-    for (int64_t row = 0; row < m; row += kRows) {
-      const int64_t from = row / kRows * share;
-      fetch_rows(w, next + from, next + min64(from + share, block.depth), next_k, width);
-      for (int64_t column = 0; column < width; column += kPanel)
-        micro_rows<kRows, 2>(min64(kRows, m - row), depth, dy + row * block.depth, block.depth,
-                             panels + column / kPanel * stride, acc + row * block.columns + column, block.columns,
-                             n0 > 0);
+    for (int64_t k = k0; k < k1; k += block.columns) {
+      const int64_t width = min64(block.columns, k1 - k);
+      decode_panels<T>(w, n0, depth, k, width, decoder, stride, panels);
+      // Every tile of dy passes over all panels, which so stay in L2: to decode into lines that have left it costs
+      // three times the decoding. Meanwhile what is decoded next comes near.
+      const bool last = k + block.columns >= k1;
+      const int64_t next = last ? n0 + block.depth : n0, next_k = last ? k0 : k + block.columns;
+      for (int64_t row = 0; row < m; row += kRows) {
+        const int64_t from = row / kRows * share;
+        fetch_rows(w, next + from, next + min64(from + share, block.depth), next_k, block.columns);
+        for (int64_t column = 0; column < width; column += kPanel)
+          micro_rows<kRows, 2>(min64(kRows, m - row), depth, dy + row * block.depth, block.depth,
+                               panels + column / kPanel * stride, acc + row * ld + (k - k0) + column, ld, n0 > 0);
+      }
     }
   }
-  for (int64_t row = 0; row < m; ++row) from_floats(acc + row * block.columns, width, out + row * w.k + k0);
+  for (int64_t row = 0; row < m; ++row) from_floats(acc + row * ld, k1 - k0, out + row * w.k + k0);
 }
 
 // sums[g][m][64] += R rows of W, a whole row of W apart, times their factors[r][m]; units[r]: a scale a 32 weights.
@@ -237,15 +242,17 @@ void linear_dx(const Weight& w, int64_t m, const T* dy, T* out, const Parallel& 
   }
   if (m <= kFewRows && w.k % kGroup == 0) return linear_dx_few<T, kFewRows>(w, m, dy, out, parallel);
   const Block block = block_for(m);
+  // Two pieces of K a thread, whole blocks.
+  const int64_t piece = ceil_div(ceil_div(w.k, 2 * parallel.threads), block.columns) * block.columns;
   Scratch<float> packed(min64(m, kMaxRowsOfDy) * ceil_div(w.n, block.depth) * block.depth);
   for (int64_t first = 0; first < m; first += kMaxRowsOfDy) {
     const int64_t rows = min64(kMaxRowsOfDy, m - first);
     pack_dy(w.n, rows, block.depth, dy + first * w.n, packed.get(), parallel);
-    for_ranges(parallel, ceil_div(w.k, block.columns), [&](int64_t begin, int64_t end) {
+    for_ranges(parallel, ceil_div(w.k, piece), [&](int64_t begin, int64_t end) {
       Scales decoder(w);
-      Scratch<float> panels(block.stride() * (block.columns / kPanel)), acc(rows * block.columns);
-      for (int64_t task = begin; task < end; ++task)
-        dx_columns(w, rows, block, packed.get(), task * block.columns, decoder, panels.get(), acc.get(),
+      Scratch<float> panels(block.stride() * (block.columns / kPanel)), acc(rows * piece);
+      for (int64_t k = begin * piece; k < min64(end * piece, w.k); k += piece)
+        dx_columns(w, rows, block, packed.get(), k, min64(k + piece, w.k), decoder, panels.get(), acc.get(),
                    out + first * w.k);
     });
   }
