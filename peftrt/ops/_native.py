@@ -37,7 +37,7 @@ def load() -> str | None:
 
 
 def isa() -> str | None:
-    """The kernels' instruction set: ``avx512``, ``avx2`` or ``portable``; None where nothing is loaded."""
+    """The kernels' instruction set: ``avx512``, ``avx2``, ``neon`` or ``portable``; None where nothing is loaded."""
     return None if load() is not None else str(torch.ops.peftrt_cpu.isa())
 
 

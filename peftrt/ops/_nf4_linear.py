@@ -26,7 +26,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
     Returns:
         ``[..., N]`` in x's dtype. A row's bits do not depend on the other rows as long as M stays within one kernel's
-        range; another range of M or another number of threads may sum in another order.
+        range; another range of M may sum in another order. On a CPU neither the number of threads nor what else runs
+        changes a bit.
 
     Raises:
         TypeError: a dtype that does not fit.
