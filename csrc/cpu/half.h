@@ -1,8 +1,11 @@
-// bf16 and fp16 as bits, with conversions in plain integer code: the tails of vector loops and the portable path.
+// What every simd_<isa>.h has in common: bf16 and fp16 as bits, with conversions in plain integer code for the tails of
+// vector loops and the portable path.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#define PEFTRT_INLINE inline __attribute__((always_inline))
 
 namespace peftrt::cpu::PEFTRT_ISA {
 
@@ -12,6 +15,12 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+
+// Whether T is float, whose loads and stores convert nothing.
+template <class T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;

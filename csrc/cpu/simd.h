@@ -11,7 +11,6 @@
 //   canonical_nan                             the quiet NaN without payload where there is a NaN
 //   sum                                       the sum of the lanes, in one fixed order
 //   transpose                                 kLanes vectors, in place
-//   kIsFloat<T>                               whether T is float
 //   set_halves(a, b)                          a in the first half of the lanes, b in the rest
 //   lookup64(codes, sink)                     32 bytes -> 64 values of kNf4, unscaled: sink(j, F), in an order of its
 //                                             own; the first half of every vector is from the first 32 weights

@@ -9,8 +9,6 @@
 #include "cpu/half.h"
 #include "nf4.h"
 
-#define PEFTRT_INLINE inline __attribute__((always_inline))
-
 namespace peftrt::cpu::PEFTRT_ISA {
 
 using F = __m256;
@@ -55,11 +53,6 @@ PEFTRT_INLINE void store(bf16* p, F v) {
 PEFTRT_INLINE void store(fp16* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-
-template <class T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 template <class T>
 PEFTRT_INLINE F round_to(F v);

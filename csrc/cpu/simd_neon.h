@@ -13,8 +13,6 @@
 #include "cpu/half.h"
 #include "nf4.h"
 
-#define PEFTRT_INLINE inline __attribute__((always_inline))
-
 namespace peftrt::cpu::PEFTRT_ISA {
 
 struct F {
@@ -86,11 +84,6 @@ PEFTRT_INLINE F canonical_nan(F v) {
   return {vbslq_f32(vceqq_f32(v.low, v.low), v.low, nan), vbslq_f32(vceqq_f32(v.high, v.high), v.high, nan)};
 }
 PEFTRT_INLINE void store(bf16* p, F v) { store16(p, vreinterpretq_u8_u16(narrow<bf16>(canonical_nan(v)))); }
-
-template <class T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 template <class T>
 PEFTRT_INLINE F round_to(F v) {

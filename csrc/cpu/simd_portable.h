@@ -4,8 +4,6 @@
 #include "cpu/half.h"
 #include "nf4.h"
 
-#define PEFTRT_INLINE inline __attribute__((always_inline))
-
 namespace peftrt::cpu::PEFTRT_ISA {
 
 typedef float F __attribute__((vector_size(32)));
@@ -49,11 +47,6 @@ PEFTRT_INLINE F canonical_nan(F v) {
   for (int i = 0; i < 8; ++i) v[i] = v[i] == v[i] ? v[i] : __builtin_nanf("");
   return v;
 }
-
-template <class T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 template <class T>
 PEFTRT_INLINE F round_to(F v) {
