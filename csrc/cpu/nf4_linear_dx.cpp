@@ -16,8 +16,9 @@ namespace {
 constexpr int64_t kPanel = 2 * kLanes;  // columns a panel, the lanes of the micro-kernel
 constexpr int64_t kRows = kMicroRows2;  // rows of dy a tile
 constexpr int64_t kMaxColumns = 256;    // of a block
-constexpr int64_t kMaxRowsOfDy = 504;   // rows of dy at a time: a multiple of kRows, their sums stay in L2
+constexpr int64_t kMaxRowsOfDy = 516;   // rows of dy at a time: a multiple of kRows, their sums stay in L2
 constexpr int64_t kBlock = 256 * 128;   // weights decoded at a time: 128 KB of floats
+constexpr int64_t kMaxDepth = 256;      // rows of W a panel, which is then half an L1
 constexpr int64_t kMaxChunks = 16;      // of N, where its parts are summed on their own
 constexpr int64_t kChain = 256;         // rows of W in one chain of additions, where sums are kept in registers
 constexpr int64_t kTogether = 2;        // rows of W that are added to a group before it is stored
@@ -33,9 +34,9 @@ struct Block {
   int64_t columns;
   int64_t stride() const { return kPanel * depth + 16; }  // of panels: they start on different cache sets
 };
-inline Block block_for(int64_t m) {
-  const int64_t columns = m <= 32 ? kMaxColumns : 128;
-  return {kBlock / columns, columns};
+inline Block block_for(int64_t m, int64_t piece) {
+  const int64_t columns = min64(piece, m <= 32 ? kMaxColumns : 128);
+  return {min64(kBlock / columns, kMaxDepth), columns};
 }
 
 // dy[rows, N] -> packed[slice][row][depth] as floats; a tile is kRows neighbouring rows.
@@ -241,12 +242,13 @@ void linear_dx(const Weight& w, int64_t m, const T* dy, T* out, const Parallel& 
     return;
   }
   if (m <= kFewRows && w.k % kGroup == 0) return linear_dx_few<T, kFewRows>(w, m, dy, out, parallel);
-  const Block block = block_for(m);
-  // Two pieces of K a thread, whole blocks.
-  const int64_t piece = ceil_div(ceil_div(w.k, 2 * parallel.threads), block.columns) * block.columns;
-  Scratch<float> packed(min64(m, kMaxRowsOfDy) * ceil_div(w.n, block.depth) * block.depth);
-  for (int64_t first = 0; first < m; first += kMaxRowsOfDy) {
-    const int64_t rows = min64(kMaxRowsOfDy, m - first);
+  // At least two pieces of K a thread, whole groups.
+  const int64_t piece = max64(w.k / (2 * parallel.threads) / kGroup, 1) * kGroup;
+  const Block block = block_for(m, piece);
+  const int64_t most = ceil_div(ceil_div(m, ceil_div(m, kMaxRowsOfDy)), kRows) * kRows;
+  Scratch<float> packed(min64(m, most) * ceil_div(w.n, block.depth) * block.depth);
+  for (int64_t first = 0; first < m; first += most) {
+    const int64_t rows = min64(most, m - first);
     pack_dy(w.n, rows, block.depth, dy + first * w.n, packed.get(), parallel);
     for_ranges(parallel, ceil_div(w.k, piece), [&](int64_t begin, int64_t end) {
       Scales decoder(w);

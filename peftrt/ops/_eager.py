@@ -29,15 +29,16 @@ def _probes() -> tuple[Callable[[], Any], ...] | None:
 _PROBES = _probes()
 
 
-def alone(args: tuple[Any, ...]) -> bool:
-    """No gradient is recorded, nothing traces, transforms or intercepts, and every tensor is a plain one."""
+def unobserved(args: tuple[Any, ...]) -> bool:
+    """Nothing traces, transforms or intercepts, and every tensor is a plain one."""
     if torch.compiler.is_compiling() or _PROBES is None:
         return False
     modes, transforms, tracing = _PROBES
     if modes() or transforms() is not None or tracing() is not None or forward_ad._current_level >= 0:
         return False
-    recorded = torch.is_grad_enabled()
-    for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or (recorded and arg.requires_grad)):
-            return False
-    return True
+    return all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+
+
+def recorded(args: tuple[Any, ...]) -> bool:
+    """Autograd is to have the call's gradient."""
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
