@@ -19,8 +19,10 @@
 
 namespace {
 
+using peftrt::cpu::Dropout;
 using peftrt::cpu::Dtype;
 using peftrt::cpu::LowRank;
+using peftrt::cpu::LowRankGradient;
 using peftrt::cpu::Parallel;
 using peftrt::cpu::Weight;
 using torch::headeronly::ScalarType;
@@ -162,14 +164,19 @@ void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor>
   linear("nf4_linear", x, codes, absmax, nested_absmax, nested_offset, block_size, bias, nullptr, out);
 }
 
-void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                       std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
-  const char* op = "nf4_linear_dx";
+void linear_dx(const char* op, const Tensor& dy, const Tensor& codes, const Tensor& absmax,
+               const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset,
+               int64_t block_size, const LowRankGradient* adapter, const Tensor& out) {
   const Product product = check_product(op, "dy", dy, out);
   const int64_t n = dy.size(-1), k = out.size(-1);
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
-  peftrt::cpu::kernels().nf4_linear_dx(weight, product.dtype, product.rows, dy.const_data_ptr(), out.mutable_data_ptr(),
-                                       parallel());
+  peftrt::cpu::kernels().nf4_linear_dx(weight, product.dtype, product.rows, dy.const_data_ptr(), adapter,
+                                       out.mutable_data_ptr(), parallel());
+}
+
+void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                       std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
+  linear_dx("nf4_linear_dx", dy, codes, absmax, nested_absmax, nested_offset, block_size, nullptr, out);
 }
 
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
@@ -236,16 +243,79 @@ Tensor nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tenso
   return out;
 }
 
+Dropout dropout_of(const char* op, int64_t seed, double p) {
+  check(p >= 0.0 && p < 1.0, op, "p", "in [0, 1)");
+  const double threshold = std::nearbyint(p * 4294967296.0);
+  check(threshold < 4294967296.0, op, "p", "at most 1 - 2^-32");
+  return {uint64_t(seed), uint32_t(threshold), float(1.0 - p)};
+}
+
 void dropout(Tensor x, int64_t seed, double p, Tensor out) {
   const char* op = "dropout";
   check_dense(x, op, "x");
   check_dense(out, op, "out");
   check(out.numel() == x.numel() && out.scalar_type() == x.scalar_type(), op, "out", "of x's size and dtype");
-  check(p >= 0.0 && p < 1.0, op, "p", "in [0, 1)");
-  const double threshold = std::nearbyint(p * 4294967296.0);
-  check(threshold < 4294967296.0, op, "p", "at most 1 - 2^-32");
-  peftrt::cpu::kernels().dropout(dtype_of(x, op, "x"), x.numel(), uint64_t(seed), uint32_t(threshold), float(1.0 - p),
-                                 x.const_data_ptr(), out.mutable_data_ptr(), parallel());
+  peftrt::cpu::kernels().dropout(dtype_of(x, op, "x"), x.numel(), dropout_of(op, seed, p), x.const_data_ptr(),
+                                 out.mutable_data_ptr(), parallel());
+}
+
+// g = scaling * dy B, dA = g^T drop(x) and dB = scaling * dy^T xa, in fp32; a seed where something was dropped.
+std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, double scaling,
+                                                     std::optional<int64_t> seed, double p) {
+  const char* op = "low_rank_gradient";
+  check(lora_B.is_cpu() && lora_B.dim() == 2, op, "lora_B", "[N, R] on the CPU");
+  const int64_t n = lora_B.size(0), rank = lora_B.size(1);
+  check(x.is_cpu() && x.dim() >= 1, op, "x", "[..., K] on the CPU");
+  const int64_t k = x.size(-1);
+  check(dy.is_cpu() && dy.dim() == x.dim() && dy.size(-1) == n && dy.scalar_type() == x.scalar_type(), op, "dy",
+        "[..., N], of x's dtype and dimensions");
+  check(xa.is_cpu() && xa.dim() == x.dim() && xa.size(-1) == rank && xa.scalar_type() == ScalarType::Float, op, "xa",
+        "float32 [..., R], of x's dimensions");
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    check(dy.size(i) == x.size(i) && xa.size(i) == x.size(i), op, "dy and xa", "of as many rows as x");
+    m *= x.size(i);
+  }
+  const Tensor rows_dy = dense(dy), rows_x = dense(x), rows_xa = dense(xa), b = dense(lora_B);
+  Tensor g = torch::stable::new_empty(xa, {m, rank}), da = torch::stable::new_empty(xa, {rank, k}),
+         db = torch::stable::new_empty(xa, {n, rank});
+  const Dropout dropout = seed ? dropout_of(op, *seed, p) : Dropout{};
+  LowRankGradient adapter = {};
+  adapter.rank = rank;
+  adapter.b_dtype = dtype_of(b, op, "lora_B");
+  adapter.b = b.const_data_ptr();
+  adapter.dropout = seed ? &dropout : nullptr;
+  adapter.scaling = float(scaling);
+  adapter.g = static_cast<float*>(g.mutable_data_ptr());
+  peftrt::cpu::kernels().low_rank_gradient(dtype_of(x, op, "x"), m, n, k, rows_dy.const_data_ptr(),
+                                           rows_x.const_data_ptr(), static_cast<const float*>(rows_xa.const_data_ptr()),
+                                           adapter, static_cast<float*>(da.mutable_data_ptr()),
+                                           static_cast<float*>(db.mutable_data_ptr()), parallel());
+  return {g, da, db};
+}
+
+// dX of an NF4 base and an adapter whose g [M, R] the function above has computed.
+Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                          std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size, Tensor g,
+                          Tensor lora_A, std::optional<int64_t> seed, double p) {
+  const char* op = "nf4_lora_linear_dx";
+  check(lora_A.is_cpu() && lora_A.dim() == 2 && lora_A.size(1) == k, op, "lora_A", "[R, K] on the CPU");
+  const int64_t rank = lora_A.size(0);
+  Tensor out = empty_product(op, "dy", dy, n, k);
+  check_dense(g, op, "g");
+  check(g.scalar_type() == ScalarType::Float && g.dim() == 2 && g.size(1) == rank && g.size(0) * k == out.numel(), op,
+        "g", "float32 [M, R]");
+  const Tensor a = dense(lora_A);
+  const Dropout dropout = seed ? dropout_of(op, *seed, p) : Dropout{};
+  LowRankGradient adapter = {};
+  adapter.rank = rank;
+  adapter.a_dtype = dtype_of(a, op, "lora_A");
+  adapter.a = a.const_data_ptr();
+  adapter.dropout = seed ? &dropout : nullptr;
+  adapter.g = static_cast<float*>(g.mutable_data_ptr());
+  linear_dx(op, dense(dy), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
+            &adapter, out);
+  return out;
 }
 
 std::string isa() { return peftrt::cpu::kernels().isa; }
@@ -264,6 +334,11 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
         "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias) -> (Tensor, Tensor)");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
   m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
+  m.def(
+      "low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, float scaling, int? seed, float p) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("nf4_lora_linear_dx(Tensor dy, " PEFTRT_WEIGHT
+        "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p) -> Tensor");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
 }
@@ -277,6 +352,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_lora_linear", TORCH_BOX(&nf4_lora_linear));
   m.impl("nf4_linear_dx", TORCH_BOX(&nf4_linear_dx));
   m.impl("nf4_linear_dx.out", TORCH_BOX(&nf4_linear_dx_out));
+  m.impl("low_rank_gradient", TORCH_BOX(&low_rank_gradient));
+  m.impl("nf4_lora_linear_dx", TORCH_BOX(&nf4_lora_linear_dx));
   m.impl("dropout", TORCH_BOX(&dropout));
 }
 

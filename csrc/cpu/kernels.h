@@ -32,6 +32,25 @@ struct LowRank {
   float* xa;  // [m, rank], written
 };
 
+// Which elements are zeroed, and what the others are divided by; dropout.h.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // p * 2^32
+  float keep_share;    // 1 - p
+};
+
+// The way back through an adapter: dA = g^T drop(x), dB = scaling * dy^T xa, and drop'(g A) in dx, with
+// g = scaling * dy B.
+struct LowRankGradient {
+  int64_t rank;
+  Dtype a_dtype, b_dtype;
+  const void* a;           // [rank, k]
+  const void* b;           // [n, rank]
+  const Dropout* dropout;  // of the adapter's x; null: none
+  float scaling;
+  float* g;  // [m, rank]: low_rank_gradient writes it, nf4_linear_dx reads it
+};
+
 // How a kernel spreads over threads: run(tasks, body, context) calls body(begin, end, context) over [0, tasks) in
 // disjoint ranges, at most `threads` of them at a time.
 struct Parallel {
@@ -56,11 +75,18 @@ struct Kernels {
   // fp32, one rounding at the end; bias and adapter may be null
   void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, const LowRank* adapter,
                      void* out, const Parallel& parallel);
-  // out[m, k] = sum_n dy[m, n] * W[n, k]; W rounded to dtype, sums in fp32
-  void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, void* out, const Parallel& parallel);
+  // out[m, k] = sum_n dy[m, n] * W[n, k] + drop'(sum_r g[m, r] * A[r, k]); W rounded to dtype, sums in fp32, one
+  // rounding at the end; the adapter may be null
+  void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, const LowRankGradient* adapter,
+                        void* out, const Parallel& parallel);
+  // g, dA [rank, k] and dB [n, rank] of an adapter over any base, summed in fp32, from dy [m, n] and x [m, k] of dtype
+  // and xa [m, rank]; da and db may be null
+  void (*low_rank_gradient)(Dtype dtype, int64_t m, int64_t n, int64_t k, const void* dy, const void* x,
+                            const float* xa, const LowRankGradient& adapter, float* da, float* db,
+                            const Parallel& parallel);
   // out[j] = x[j] / keep_share where the word hashed from seed and j is >= threshold, else 0
-  void (*dropout)(Dtype dtype, int64_t numel, uint64_t seed, uint32_t threshold, float keep_share, const void* x,
-                  void* out, const Parallel& parallel);
+  void (*dropout)(Dtype dtype, int64_t numel, const Dropout& dropout, const void* x, void* out,
+                  const Parallel& parallel);
 };
 
 // The best variant this CPU runs. PEFTRT_CPU_ISA in the environment, read once, names another that it runs.

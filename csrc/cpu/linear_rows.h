@@ -19,18 +19,6 @@ inline float bias_at(const T* bias, int64_t n) {
   return bias != nullptr ? load_one(bias + n) : 0.0f;
 }
 
-// `count` elements from the `first` of a tensor on, as floats.
-inline void read_floats(Dtype dtype, const void* tensor, int64_t first, int64_t count, float* to) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return to_floats(static_cast<const float*>(tensor) + first, count, to);
-    case Dtype::kBFloat16:
-      return to_floats(static_cast<const bf16*>(tensor) + first, count, to);
-    case Dtype::kFloat16:
-      return to_floats(static_cast<const fp16*>(tensor) + first, count, to);
-  }
-}
-
 template <class T>
 void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
   for (int64_t g = 0; g < k / kGroup; ++g)

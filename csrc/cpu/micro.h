@@ -6,6 +6,7 @@
 // decoded weights (rows n), B = x transposed (lanes m). dX: S = dy (rows m), B = decoded weights (lanes k).
 #pragma once
 
+#include "cpu/kernels.h"
 #include "cpu/simd.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
@@ -64,7 +65,7 @@ PEFTRT_INLINE void store_one(T* to, float value) {
   std::memcpy(to, &element, sizeof element);
 }
 
-// `count` elements as floats, and back; nothing past them is touched.
+// `count` elements as floats; nothing past them is touched.
 template <class T>
 inline void to_floats(const T* from, int64_t count, float* to) {
   const int64_t whole = count / kLanes * kLanes;
@@ -72,6 +73,19 @@ inline void to_floats(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count - whole; ++i) to[whole + i] = load_one(from + whole + i);
 }
 
+// `count` elements from the `first` of a tensor on, as floats.
+inline void read_floats(Dtype dtype, const void* tensor, int64_t first, int64_t count, float* to) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return to_floats(static_cast<const float*>(tensor) + first, count, to);
+    case Dtype::kBFloat16:
+      return to_floats(static_cast<const bf16*>(tensor) + first, count, to);
+    case Dtype::kFloat16:
+      return to_floats(static_cast<const fp16*>(tensor) + first, count, to);
+  }
+}
+
+// And back.
 template <class T>
 inline void from_floats(const float* from, int64_t count, T* to) {
   const int64_t whole = count / kLanes * kLanes;

@@ -33,7 +33,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | int | None = None) -> Tensor:
     """
     if p == 0.0:
         return x
-    return torch.ops.peftrt.dropout(x, as_seed(seed, x), p)
+    return _DROPOUT(x, as_seed(seed, x), p)
 
 
 def _check(x: Tensor, seed: Tensor, p: float) -> None:
@@ -54,10 +54,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (seed,) = ctx.saved_tensors
-    return torch.ops.peftrt.dropout(grad, seed, ctx.p), None, None
+    return _DROPOUT(grad, seed, ctx.p), None, None
 
 
-define(
+_DROPOUT = define(
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     check=_check,
     fake=lambda x, seed, p: torch.empty_like(x, memory_format=torch.contiguous_format),

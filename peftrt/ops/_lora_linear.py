@@ -76,19 +76,19 @@ def _autocast(
     return x, weight, bias
 
 
-def _check(x: Tensor, *rest: Any) -> None:
+def _check(x: Tensor, *rest: Any, op: str = "lora_linear") -> None:
     *weight, lora_A, lora_B, _, bias, dropout_p, seed = rest
     args = WeightArgs(*weight)
-    check_linear("lora_linear", x, args, bias)
+    check_linear(op, x, args, bias)
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        check_float("lora_linear", name, tensor)
-        check_device("lora_linear", name, tensor, x)
+        check_float(op, name, tensor)
+        check_device(op, name, tensor, x)
     fits = lora_A.dim() == 2 and lora_A.shape[1] == args.k
-    expect(fits, "lora_linear", "lora_A", f"[R, K = {args.k}]", lora_A)
+    expect(fits, op, "lora_A", f"[R, K = {args.k}]", lora_A)
     rank = lora_A.shape[0]
     fits = lora_B.dim() == 2 and tuple(lora_B.shape) == (args.n, rank)
-    expect(fits, "lora_linear", "lora_B", f"[N, R] = [{args.n}, {rank}] beside lora_A of rank {rank}", lora_B)
-    check_seed("lora_linear", "dropout_p", dropout_p, seed, x)
+    expect(fits, op, "lora_B", f"[N, R] = [{args.n}, {rank}] beside lora_A of rank {rank}", lora_B)
+    check_seed(op, "dropout_p", dropout_p, seed, x)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -141,45 +141,113 @@ def _drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # xa is rarely used by itself
     x, *weight, lora_A, lora_B, ctx.scaling, _, ctx.dropout_p, seed = inputs
     *tensors, ctx.n, ctx.k, ctx.block_size = weight
     ctx.save_for_backward(x, lora_A, lora_B, output[1], seed, *tensors)
 
 
-def _backward(ctx: Any, dy: Tensor, dxa: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dxa: Tensor | None) -> tuple[Any, ...]:
     """dX = dY W + drop'(G A), dA = G^T drop(x), dB = s dY^T xa with G = s dY B (+ xa's gradient where it was used)."""
     x, lora_A, lora_B, xa, seed, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
     weight = (*tensors, ctx.n, ctx.k, ctx.block_size)
-    wide = accumulator(x.dtype)
-    dy_rows = dy.reshape(-1, ctx.n)
-    dy_wide, xa_rows = dy_rows.to(wide), xa.reshape(-1, xa.shape[-1])
-    grad = ctx.scaling * (dy_wide @ lora_B.to(wide))
-    if dxa is not None:
-        grad = grad + dxa.reshape(grad.shape)
-    dx = dweight = dA = dB = dbias = None
-    if needs[0]:
-        dx = _grad_input(dy, weight, grad, lora_A, seed, ctx.dropout_p)
+    dy = x.new_zeros((*x.shape[:-1], ctx.n)) if dy is None else dy
+    dweight = dbias = None
+    if dxa is None and not torch.is_grad_enabled():
+        options = (ctx.scaling, ctx.dropout_p, seed, needs[0])
+        dx, dA, dB = _BACKWARD(dy, x, xa, *weight, lora_A, lora_B, *options)
+    else:  # made of operations that have gradients of their own
+        dx, dA, dB = _composed(dy, x, xa, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, dxa, needs[0])
+    rows = dy.reshape(-1, ctx.n)
     if needs[1]:
-        dweight = dy_rows.t() @ x.reshape(-1, ctx.k)
-    if needs[8]:
-        dA = (grad.t() @ _drop(x.to(wide), seed, ctx.dropout_p).reshape(-1, ctx.k)).to(lora_A.dtype)
-    if needs[9]:
-        dB = (ctx.scaling * (dy_wide.t() @ xa_rows)).to(lora_B.dtype)
+        dweight = rows.t() @ x.reshape(-1, ctx.k)
     if needs[11]:
-        dbias = dy_rows.sum(0)
+        dbias = rows.sum(0)
+    dx, dA, dB = (
+        grad if need else None for grad, need in zip((dx, dA, dB), (needs[0], needs[8], needs[9]), strict=True)
+    )
     return (dx, dweight, None, None, None, None, None, None, dA, dB, None, dbias, None, None)
 
 
-def _grad_input(
-    dy: Tensor, weight: tuple[Any, ...], grad: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float
-) -> Tensor:
-    """dX = dY W + drop'(G A), with G ``grad`` [M, R]."""
-    dx = dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *weight)
-    if not dropout_p and dx.dtype == grad.dtype:
+def _check_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> None:
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, _ = rest
+    _check(x, *weight, lora_A, lora_B, scaling, None, dropout_p, seed, op="lora_linear_backward")
+    for name, tensor, size, dtype in (
+        ("dy", dy, weight[4], x.dtype),
+        ("xa", xa, lora_A.shape[0], accumulator(x.dtype)),
+    ):
+        check_device("lora_linear_backward", name, tensor, x)
+        fits = tensor.shape == (*x.shape[:-1], size) and tensor.dtype == dtype
+        expect(fits, "lora_linear_backward", name, f"{dtype} {[*x.shape[:-1], size]}", tensor)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lora_A, lora_B, needs_dx = rest[7], rest[8], rest[-1]
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    return (
+        dx,
+        torch.empty_like(lora_A, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+    )
+
+
+def _native_backward_unsupported(dy: Tensor, x: Tensor, *_: Any) -> str | None:
+    if x.dtype not in FLOAT_DTYPES:
+        return f"has kernels for fp32, bf16 and fp16, not for {x.dtype}"
+    return _native.load() if x.is_cpu else None
+
+
+def _native_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """On a CPU the adapter's part is one kernel, and over NF4 dX another; a dense base is multiplied by torch."""
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx = rest
+    if not x.is_cpu:
+        return _composed(dy, x, xa, weight, lora_A, lora_B, scaling, dropout_p, seed, None, needs_dx)
+    A, B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
+    drawn = int(seed) if dropout_p else None
+    g, dA, dB = torch.ops.peftrt_cpu.low_rank_gradient.default(dy, x, xa, B, scaling, drawn, dropout_p)
+    if not needs_dx:
+        dx = x.new_empty(0)
+    elif weight[1] is not None:
+        dx = torch.ops.peftrt_cpu.nf4_lora_linear_dx.default(dy, *weight, g, A, drawn, dropout_p)
+    else:
+        dx = _add_adapter(dy @ weight[0], g, lora_A, seed, dropout_p)
+    return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+
+
+def _composed(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: Any,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    dxa: Tensor | None,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by operations of which each has a gradient of its own."""
+    wide = accumulator(x.dtype)
+    dy_rows, xa_rows = dy.reshape(-1, dy.shape[-1]).to(wide), xa.reshape(-1, xa.shape[-1])
+    g = scaling * (dy_rows @ lora_B.to(wide))
+    if dxa is not None:
+        g = g + dxa.reshape(g.shape)
+    dA = (g.t() @ _drop(x.to(wide), seed, dropout_p).reshape(-1, x.shape[-1])).to(lora_A.dtype)
+    dB = (scaling * (dy_rows.t() @ xa_rows)).to(lora_B.dtype)
+    if not needs_dx:
+        return x.new_empty(0), dA, dB
+    base = dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *weight)
+    return _add_adapter(base, g, lora_A, seed, dropout_p), dA, dB
+
+
+def _add_adapter(dx: Tensor, g: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """``dX + drop'(G A)``, with G [M, R]."""
+    if not dropout_p and dx.dtype == g.dtype:
         rows = dx.reshape(-1, dx.shape[-1])
-        return torch.addmm(rows, grad, lora_A.to(grad.dtype)).view(dx.shape)
-    through = _drop((grad @ lora_A.to(grad.dtype)).view(dx.shape), seed, dropout_p)
+        return torch.addmm(rows, g, lora_A.to(g.dtype)).view(dx.shape)
+    through = _drop((g @ lora_A.to(g.dtype)).view(dx.shape), seed, dropout_p)
     return dx + through.to(dx.dtype)
 
 
@@ -194,4 +262,14 @@ _FORWARD = define(
     ),
     setup_context=_setup_context,
     backward=_backward,
+)
+_BACKWARD = define(
+    f"lora_linear_backward(Tensor dy, Tensor x, Tensor xa, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, "
+    "float dropout_p, Tensor? seed, bool needs_dx) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
+    fake=_fake_backward,
+    backends=(
+        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda")),
+        reference_backend(reference.backward),
+    ),
 )

@@ -23,3 +23,22 @@ def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if bias is not None:
         y = y + bias
     return y.to(x.dtype), xa
+
+
+def backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``dy [..., N]``, x, xa, the weight's arguments, A, B, s, dropout's p and seed, and whether dX is wanted.
+
+    Returns ``dX = dY W + drop'(G A)``, ``dA = G^T drop(x)`` and ``dB = s dY^T xa`` with ``G = s dY B``; an empty dX
+    where it is not wanted.
+    """
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx = rest
+    dtype = accumulator(x.dtype)
+    rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
+    g = scaling * (rows @ lora_B.to(dtype))
+    dA = g.t() @ dropout(x.to(dtype), seed, dropout_p).reshape(-1, x.shape[-1])
+    dB = scaling * (rows.t() @ xa.reshape(-1, xa.shape[-1]))
+    dx = x.new_empty(0)
+    if needs_dx:
+        through = dropout((g @ lora_A.to(dtype)).view(x.shape), seed, dropout_p)
+        dx = ((rows @ dense_weight(x.dtype, *weight)).view(x.shape) + through).to(x.dtype)
+    return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)

@@ -20,9 +20,11 @@
 
 namespace {
 
+using peftrt::cpu::Dropout;
 using peftrt::cpu::Dtype;
 using peftrt::cpu::Kernels;
 using peftrt::cpu::LowRank;
+using peftrt::cpu::LowRankGradient;
 using peftrt::cpu::Parallel;
 using peftrt::cpu::Weight;
 
@@ -138,17 +140,22 @@ uint32_t mix(uint32_t word) {
   return word ^ word >> 16;
 }
 
+// What is kept of the element j of a flat tensor of fewer than 2^32.
+bool kept(const Dropout& dropout, int64_t j) {
+  const uint32_t low = uint32_t(dropout.seed), key = mix(mix(low ^ 0x9e3779b9u) ^ uint32_t(dropout.seed >> 32));
+  return mix(mix(uint32_t(j) ^ low) ^ mix(0) ^ key) >= dropout.threshold;
+}
+
+Dropout random_dropout() { return {generator(), uint32_t(generator()), 0.7f}; }
+
 int run_dropout(const Kernels& kernels, const Case& c, const Parallel& parallel) {
   const int64_t numel = c.m * c.k;
-  const uint64_t seed = generator();
-  const uint32_t threshold = uint32_t(generator()), low = uint32_t(seed);
-  const uint32_t key = mix(mix(low ^ 0x9e3779b9u) ^ uint32_t(seed >> 32)), high = mix(0) ^ key;
+  const Dropout dropout = random_dropout();
   Bytes x(size_t(numel) * width(c.dtype)), out(size_t(numel) * width(c.dtype));
   for (int64_t i = 0; i < numel; ++i) write_small(x, c.dtype, i);
-  kernels.dropout(c.dtype, numel, seed, threshold, 0.7f, x.get(), out.get(), parallel);
+  kernels.dropout(c.dtype, numel, dropout, x.get(), out.get(), parallel);
   for (int64_t i = 0; i < numel; ++i) {
-    const bool kept = mix(mix(uint32_t(i) ^ low) ^ high) >= threshold;
-    const double want = kept ? rounded(float(read(x, c.dtype, i)) / 0.7f, c.dtype) : 0.0;
+    const double want = kept(dropout, i) ? rounded(float(read(x, c.dtype, i)) / 0.7f, c.dtype) : 0.0;
     if (read(out, c.dtype, i) != want) return fail("dropout", c, i, read(out, c.dtype, i), want);
   }
   return 0;
@@ -159,7 +166,7 @@ int run_conversions(const Kernels& kernels, const Case& c) {
   const int64_t numel = c.m * c.k;
   Bytes x(size_t(numel) * width(c.dtype)), out(x.size());
   for (size_t i = 0; i < x.size(); ++i) x.get()[i] = uint8_t(generator());
-  kernels.dropout(c.dtype, numel, generator(), 0, 1.0f, x.get(), out.get(), {1, run_threads});
+  kernels.dropout(c.dtype, numel, {generator(), 0, 1.0f}, x.get(), out.get(), {1, run_threads});
   for (int64_t i = 0; i < numel; ++i) {
     const double got = read(out, c.dtype, i), want = read(x, c.dtype, i);
     if (!(got == want || (std::isnan(got) && std::isnan(want)))) return fail("conversions", c, i, got, want);
@@ -201,6 +208,69 @@ int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, con
       want[size_t(i)] += xa_want[at] * factor, magnitude[size_t(i)] += xa_magnitude[at] * std::fabs(factor);
     }
   return compare("nf4_linear, adapter", c, y, want, magnitude);
+}
+
+// The sums of products a[i][p] * b[p][j] and of their magnitudes, each times `factor`.
+struct Sums {
+  std::vector<double> value, magnitude;
+};
+template <class A, class B>
+Sums product(int64_t rows, int64_t depth, int64_t columns, double factor, const A& a, const B& b) {
+  Sums sums = {std::vector<double>(size_t(rows * columns)), std::vector<double>(size_t(rows * columns))};
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t j = 0; j < columns; ++j) {
+        const double term = factor * a(i, p) * b(p, j);
+        sums.value[size_t(i * columns + j)] += term, sums.magnitude[size_t(i * columns + j)] += std::fabs(term);
+      }
+  return sums;
+}
+
+// What flows back into an adapter, and through it into dx, beside a base whose exact dx is `base`.
+int run_gradient(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& x, const Bytes& dy,
+                 Sums base, const Parallel& parallel) {
+  const int64_t rank = pick({0, 1, 2, 5, 6, 7, 8, 15, 16, 17, 40, 64, 130, 300});
+  const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
+  const Dropout dropout = random_dropout();
+  const bool drops = generator() % 2;
+  Bytes a(size_t(rank * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)), xa(size_t(c.m * rank) * 4),
+      g(size_t(c.m * rank) * 4), da(size_t(rank * c.k) * 4), db(size_t(c.n * rank) * 4),
+      dx(size_t(c.m * c.k) * width(c.dtype));
+  Case wide = c;  // of what is in fp32
+  wide.dtype = Dtype::kFloat32, wide.n = rank;
+  for (int64_t i = 0; i < rank * c.k; ++i) write_small(a, a_dtype, i);
+  for (int64_t i = 0; i < c.n * rank; ++i) write_small(b, b_dtype, i);
+  for (int64_t i = 0; i < c.m * rank; ++i) write_small(xa, wide.dtype, i);
+  const auto floats = [](const Bytes& bytes) { return reinterpret_cast<float*>(bytes.get()); };
+  const LowRankGradient adapter = {rank,   a_dtype,  b_dtype, a.get(), b.get(), drops ? &dropout : nullptr,
+                                   0.375f, floats(g)};
+  kernels.low_rank_gradient(c.dtype, c.m, c.n, c.k, dy.get(), x.get(), floats(xa), adapter, floats(da), floats(db),
+                            parallel);
+  kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), &adapter, dx.get(), parallel);
+
+  const auto at_dy = [&](int64_t m, int64_t n) { return read(dy, c.dtype, m * c.n + n); };
+  const auto at_b = [&](int64_t n, int64_t r) { return read(b, b_dtype, n * rank + r); };
+  const auto at_a = [&](int64_t r, int64_t k) { return read(a, a_dtype, r * c.k + k); };
+  const auto share = [&](int64_t m, int64_t k) { return !drops ? 1.0 : kept(dropout, m * c.k + k) ? 1 / 0.7f : 0.0; };
+  const Sums g_want = product(c.m, c.n, rank, 0.375, at_dy, at_b);
+  if (compare("g", wide, g, g_want.value, g_want.magnitude)) return 1;
+  // from here on with g as it is: its own error is not the next product's
+  const auto at_g = [&](int64_t m, int64_t r) { return read(g, wide.dtype, m * rank + r); };
+  const Sums da_want = product(
+      rank, c.m, c.k, 1.0, [&](int64_t r, int64_t m) { return at_g(m, r); },
+      [&](int64_t m, int64_t k) { return share(m, k) * read(x, c.dtype, m * c.k + k); });
+  if (compare("dA", wide, da, da_want.value, da_want.magnitude)) return 1;
+  const Sums db_want = product(
+      c.n, c.m, rank, 0.375, [&](int64_t n, int64_t m) { return at_dy(m, n); },
+      [&](int64_t m, int64_t r) { return read(xa, wide.dtype, m * rank + r); });
+  if (compare("dB", wide, db, db_want.value, db_want.magnitude)) return 1;
+  const Sums through = product(c.m, rank, c.k, 1.0, at_g, at_a);
+  for (int64_t i = 0; i < c.m * c.k; ++i) {
+    const double factor = share(i / c.k, i % c.k);
+    base.value[size_t(i)] += factor * through.value[size_t(i)];
+    base.magnitude[size_t(i)] += factor * through.magnitude[size_t(i)];
+  }
+  return compare("nf4_linear_dx, adapter", c, dx, base.value, base.magnitude);
 }
 
 int run_case(const Kernels& kernels, const Case& c) {
@@ -260,14 +330,12 @@ int run_case(const Kernels& kernels, const Case& c) {
 
   Bytes dy(size_t(c.m * c.n) * width(c.dtype)), dx(size_t(c.m * c.k) * width(c.dtype));
   for (int64_t i = 0; i < c.m * c.n; ++i) write_small(dy, c.dtype, i);
-  kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), dx.get(), parallel);
-  want.assign(size_t(c.m * c.k), 0.0), magnitude.assign(size_t(c.m * c.k), 0.0);
-  for (int64_t i = 0; i < c.m * c.k; ++i)
-    for (int64_t n = 0; n < c.n; ++n) {
-      const double product = read(dy, c.dtype, i / c.k * c.n + n) * w[size_t(n * c.k + i % c.k)];
-      want[size_t(i)] += product, magnitude[size_t(i)] += std::fabs(product);
-    }
-  if (compare("nf4_linear_dx", c, dx, want, magnitude)) return 1;
+  kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), nullptr, dx.get(), parallel);
+  const Sums dx_want = product(
+      c.m, c.n, c.k, 1.0, [&](int64_t m, int64_t n) { return read(dy, c.dtype, m * c.n + n); },
+      [&](int64_t n, int64_t k) { return w[size_t(n * c.k + k)]; });
+  if (compare("nf4_linear_dx", c, dx, dx_want.value, dx_want.magnitude)) return 1;
+  if (run_gradient(kernels, c, weight, x, dy, dx_want, parallel)) return 1;
   return run_conversions(kernels, c);
 }
 

@@ -38,24 +38,45 @@ def linear(x: Tensor) -> Tensor:
     return ops.nf4_linear(x, W)
 
 
-def test_a_plain_call_is_alone() -> None:
-    assert _eager.alone((torch.ones(2, 64), *ARGS))
-    assert _eager.alone((torch.nn.Parameter(torch.ones(2, 64), requires_grad=False), *ARGS))
-    with torch.no_grad():
-        assert _eager.alone((torch.ones(2, 64, requires_grad=True), *ARGS))
+def test_a_plain_call_is_not_observed() -> None:
+    assert _eager.unobserved((torch.ones(2, 64), *ARGS))
+    assert _eager.unobserved((torch.nn.Parameter(torch.ones(2, 64), requires_grad=False), *ARGS))
 
 
-def test_a_recorded_call_is_not() -> None:
+def test_gradients_are_recorded_where_autograd_asks_for_them() -> None:
     x = torch.ones(2, 64, requires_grad=True)
-    assert not _eager.alone((x, *ARGS))
+    assert not _eager.recorded((torch.ones(2, 64), *ARGS))
+    assert _eager.recorded((x, *ARGS))
     assert linear(x).requires_grad
+    with torch.no_grad():
+        assert not _eager.recorded((x, *ARGS))
+        assert not linear(x).requires_grad
+
+
+@pytest.mark.parametrize("op", ["nf4_linear", "lora_linear", "dropout"])
+def test_a_recorded_call_passes_the_dispatcher_by_and_has_the_same_gradients(op: str) -> None:
+    inputs = [torch.randn(2, 64, requires_grad=True), torch.randn(3, 64), torch.randn(6, 3)]
+    calls = {
+        "nf4_linear": (inputs[0], *ARGS),
+        "lora_linear": (inputs[0], *ARGS[:-1], *inputs[1:], 0.5, None, 0.25, torch.tensor([3])),
+        "dropout": (inputs[0], torch.tensor([3]), 0.25),
+    }
+    results = []
+    for call in (_define.OPS[op], _define.OPS[op].registered):
+        y = call(*calls[op])
+        y = y if isinstance(y, Tensor) else y[0]
+        results.append((type(y.grad_fn).__name__, y, torch.autograd.grad(y.sum(), inputs[0])[0]))
+    (own, *first), (generated, *second) = results
+    assert own == f"{op}Backward"
+    assert own != generated
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_a_subclass_is_not() -> None:
     class Own(Tensor):
         pass
 
-    assert not _eager.alone((torch.ones(2, 64).as_subclass(Own), *ARGS))
+    assert not _eager.unobserved((torch.ones(2, 64).as_subclass(Own), *ARGS))
 
 
 def test_a_dispatch_mode_sees_the_operation() -> None:
@@ -81,7 +102,7 @@ def test_a_transform_is_not_passed_by(transform: Callable[..., Callable[[Tensor]
     asked: list[bool] = []
 
     def probe(x: Tensor) -> Tensor:
-        asked.append(_eager.alone((x, *ARGS)))
+        asked.append(_eager.unobserved((x, *ARGS)))
         return x * 2
 
     transform(probe)(torch.ones(2, 64))
@@ -90,7 +111,7 @@ def test_a_transform_is_not_passed_by(transform: Callable[..., Callable[[Tensor]
 
 def test_forward_mode_is_not_passed_by() -> None:
     with forward_ad.dual_level():
-        assert not _eager.alone((torch.ones(2, 64), *ARGS))
+        assert not _eager.unobserved((torch.ones(2, 64), *ARGS))
 
 
 def test_it_compiles_whole() -> None:

@@ -67,7 +67,7 @@ def truth_with_gradients(
 
 sizes = st.one_of(st.integers(1, 50), st.sampled_from([64, 127, 130]))
 leads = st.one_of(st.tuples(), st.tuples(st.integers(0, 20)), st.tuples(st.integers(0, 3), st.integers(1, 5)))
-COMBINATIONS = [("dense", "reference")] + [(kind, backend) for kind in ("plain", "nested") for backend in BACKENDS]
+COMBINATIONS = [(kind, backend) for kind in ("dense", "plain", "nested") for backend in BACKENDS]
 
 
 def combinations() -> list[Any]:
@@ -120,15 +120,16 @@ def test_forward_and_gradients_equal_fp64(
     values = [x, exact(weight, dtype), lora_A, lora_B, b]
     expected, grads = truth_with_gradients(values, dy, kept(seed, x, p))
     squares, grad_squares = truth_with_gradients(values, dy, kept(seed, x, p), squared=True)
-    assert_close(y, expected, intermediate=largest(squares))
+    # over a dense base torch's product is rounded before the adapter's share is added, and that is a rounding too
+    added = (kind, backend) == ("dense", "native")
+    assert_close(y, expected, roundings=2 if added else 1, intermediate=largest(squares))
 
     leaves = [x, weight, lora_A, lora_B, b]
     wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     own = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
     for grad, i in zip(own, wanted, strict=True):
         assert grad.dtype == leaves[i].dtype
-        # dX adds the base's and the adapter's share, each rounded
-        assert_close(grad, grads[i], roundings=3 if i == 0 else 1, intermediate=largest(grad_squares[i]))
+        assert_close(grad, grads[i], roundings=3 if i == 0 and added else 1, intermediate=largest(grad_squares[i]))
 
 
 def largest(squares: Tensor) -> float:
@@ -234,6 +235,58 @@ def test_opcheck(kind: str, backend: str, p: float) -> None:
         x, A, B, b = (randn(*s).requires_grad_() for s in ((m, 64), (2, 64), (6, 2), (6,)))
         with peftrt.backend(backend):
             torch.library.opcheck(torch.ops.peftrt.lora_linear.default, (x, *weight, A, B, SCALING, b, p, seed))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(("kind", "backend"), combinations())
+def test_opcheck_of_the_backward(kind: str, backend: str, p: float) -> None:
+    weight = weight_args("lora_linear", base(kind, 6, 64, torch.float32))
+    seed = torch.tensor([3]) if p else None
+    for lead in ((0,), (3,), (2, 3)):
+        dy, x, xa, A, B = (randn(*s) for s in ((*lead, 6), (*lead, 64), (*lead, 2), (2, 64), (6, 2)))
+        for needs_dx in (True, False):
+            args = (dy, x, xa, *weight, A, B, SCALING, p, seed, needs_dx)
+            with peftrt.backend(backend):
+                torch.library.opcheck(torch.ops.peftrt.lora_linear_backward.default, args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["dense", "nested"])
+def test_gradients_for_a_gradient_are_those_of_the_kernels(kind: str, p: float, dtype: torch.dtype) -> None:
+    """Where a second gradient may follow, the first is made of operations that have one."""
+    weight = base(kind, 24, 128, dtype)
+    inputs = [randn(*s, seed=i, dtype=d).requires_grad_() for i, (s, d) in enumerate(_with_dtypes(dtype))]
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        y = ops.lora_linear(*inputs[:1], weight, *inputs[1:], SCALING, dropout_p=p, seed=4 if p else None)
+        return torch.autograd.grad(y.float().square().sum(), inputs, create_graph=create_graph)
+
+    for got, want in zip(gradients(False), gradients(True), strict=True):
+        assert want.requires_grad
+        assert_close(got, want.detach(), roundings=3, intermediate=want.abs().max().item())
+
+
+def _with_dtypes(dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [((9, 128), dtype), ((4, 128), torch.float32), ((24, 4), torch.float32)]
+
+
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_gradients_do_not_depend_on_the_number_of_threads(backend: str) -> None:
+    weight, x, A, B = nf4(640, 320), randn(70, 320), randn(20, 320), randn(640, 20)
+    inputs = [t.requires_grad_() for t in (x, A, B)]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with peftrt.backend(backend):
+                y = ops.lora_linear(x, weight, A, B, SCALING, dropout_p=0.2, seed=1)
+                results.append(torch.autograd.grad(y.sin().sum(), inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

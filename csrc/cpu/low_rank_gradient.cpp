@@ -1,0 +1,139 @@
+// What flows back into an adapter: g = scaling * dy B, dA = g^T drop(x), dB = scaling * dy^T xa, all summed in fp32.
+//
+// Each is a matrix multiplication with a side of no more than `rank`, bound by reading dy and x: both are packed as
+// they are read, into panels [depth][kPanel] that stay in L1 while every row of the narrow side passes over them. First
+// g, threads splitting M; then dA and dB together, threads splitting K and N. No order of summation depends on the
+// threads.
+#include "cpu/dropout.h"
+
+namespace peftrt::cpu::PEFTRT_ISA {
+
+namespace {
+
+constexpr int64_t kPanel = 2 * kLanes;    // the lanes of the micro-kernel
+constexpr int64_t kRows = kMicroRows2;    // its rows of scalars
+constexpr int64_t kDepth = 256;           // rows of a panel: 16 KB of 16 lanes, half an L1
+constexpr int64_t kRowsOfDy = 4 * kRows;  // rows of dy a task
+constexpr int64_t kWide = 64;             // columns of x or dy a task: of a page, what is read of it at once
+// To wake a second thread takes as long as so many multiplications do (20 µs, Zen 3, November 2026).
+constexpr int64_t kAlone = 1 << 20;
+
+// Rows [row, row + kRowsOfDy) of g, and of g^T and xa^T, whose rows are `ld` apart.
+template <class T>
+void rows_of_g(int64_t row, int64_t m, int64_t n, const T* dy, const float* xa, const LowRankGradient& adapter,
+               float* g_transposed, float* xa_transposed, int64_t ld) {
+  const int64_t rows = min64(kRowsOfDy, m - row), rank = adapter.rank;
+  alignas(sizeof(F)) float scalars[kRowsOfDy * kDepth], panel[kDepth * kPanel], sums[kRowsOfDy * kPanel];
+  for (int64_t r = 0; r < rank; r += kPanel) {
+    const int64_t lanes = min64(kPanel, rank - r);
+    std::memset(sums, 0, sizeof sums);
+    for (int64_t p = 0; p < n; p += kDepth) {
+      const int64_t depth = min64(kDepth, n - p);
+      for (int64_t i = 0; i < rows; ++i) to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+      if (rank == kPanel) {
+        read_floats(adapter.b_dtype, adapter.b, p * rank, depth * rank, panel);
+      } else {
+        if (lanes < kPanel) std::memset(panel, 0, sizeof panel);
+        for (int64_t i = 0; i < depth; ++i)
+          read_floats(adapter.b_dtype, adapter.b, (p + i) * rank + r, lanes, panel + i * kPanel);
+      }
+      for (int64_t i = 0; i < rows; i += kRows)
+        micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, panel, sums + i * kPanel,
+                             kPanel, true);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t at = (row + i) * rank + r + lane;
+        const float value = adapter.scaling * sums[i * kPanel + lane];
+        store_one(adapter.g + at, value);
+        g_transposed[(r + lane) * ld + row + i] = value;
+        xa_transposed[(r + lane) * ld + row + i] = load_one(xa + at);
+      }
+  }
+}
+
+// sums[rank][kWide] = sum_m narrow[r, m] * wide[m, column + j] of a matrix [m, width], dropped first where asked.
+template <class T>
+void columns_of(int64_t m, int64_t rank, const float* narrow, int64_t ld, const T* wide, int64_t width, int64_t column,
+                const Dropout* dropout, float* panels, float* sums) {
+  const int64_t columns = min64(kWide, width - column);
+  alignas(sizeof(F)) float line[kWide] = {};
+  for (int64_t row = 0; row < m; row += kDepth) {
+    const int64_t depth = min64(kDepth, m - row);
+    for (int64_t p = 0; p < depth; ++p) {
+      const int64_t start = (row + p) * width + column;
+      to_floats(wide + start, columns, line);
+      if (dropout != nullptr) drop(*dropout, start, columns, line);
+      for (int64_t j = 0; j < kWide; j += kPanel)
+        std::memcpy(panels + j * kDepth + p * kPanel, line + j, kPanel * sizeof(float));
+    }
+    for (int64_t j = 0; j < columns; j += kPanel)
+      for (int64_t r = 0; r < rank; r += kRows)
+        micro_rows<kRows, 2>(min64(kRows, rank - r), depth, narrow + r * ld + row, ld, panels + j * kDepth,
+                             sums + r * kWide + j, kWide, row > 0);
+  }
+}
+
+// out[columns][rank] = scaling * sums^T, of sums [rank, in whole vectors][kWide].
+inline void write_transposed(int64_t rank, int64_t columns, const float* sums, float scaling, float* out) {
+  const F factor = set1(scaling);
+  for (int64_t r = 0; r < rank; r += kLanes)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      F block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = mul(loadu(sums + (r + i) * kWide + j), factor);
+      transpose(block);
+      for (int64_t i = 0; i < min64(kLanes, columns - j); ++i) {
+        alignas(sizeof(F)) float line[kLanes];
+        storeu(line, block[i]);
+        std::memcpy(out + (j + i) * rank + r, line, size_t(min64(kLanes, rank - r)) * sizeof(float));
+      }
+    }
+}
+
+template <class T>
+void gradient(int64_t m, int64_t n, int64_t k, const void* dy_bytes, const void* x_bytes, const float* xa,
+              const LowRankGradient& adapter, float* da, float* db, const Parallel& threads) {
+  const T *dy = static_cast<const T*>(dy_bytes), *x = static_cast<const T*>(x_bytes);
+  const int64_t rank = adapter.rank, ld = m + 16;  // rows of the transposed do not fall on the same cache sets
+  if (rank == 0) return;
+  const Parallel parallel = m * (n + k) * rank < kAlone ? Parallel{1, threads.run} : threads;
+  Scratch<float> g_transposed(rank * ld), xa_transposed(rank * ld);
+  for_ranges(parallel, ceil_div(m, kRowsOfDy), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      rows_of_g(task * kRowsOfDy, m, n, dy, xa, adapter, g_transposed.get(), xa_transposed.get(), ld);
+  });
+  const int64_t of_x = da == nullptr ? 0 : ceil_div(k, kWide), of_dy = db == nullptr ? 0 : ceil_div(n, kWide);
+  for_ranges(parallel, of_x + of_dy, [&](int64_t begin, int64_t end) {
+    const int64_t size = ceil_div(rank, kLanes) * kLanes * kWide;
+    Scratch<float> panels(kDepth * kWide), sums(size);
+    std::memset(sums.get(), 0, size_t(size) * sizeof(float));  // they stay zero where there are no rows
+    for (int64_t task = begin; task < end; ++task) {
+      if (task < of_x) {
+        const int64_t column = task * kWide, columns = min64(kWide, k - column);
+        columns_of(m, rank, g_transposed.get(), ld, x, k, column, adapter.dropout, panels.get(), sums.get());
+        for (int64_t r = 0; r < rank; ++r)
+          std::memcpy(da + r * k + column, sums.get() + r * kWide, size_t(columns) * sizeof(float));
+      } else {
+        const int64_t column = (task - of_x) * kWide, columns = min64(kWide, n - column);
+        columns_of(m, rank, xa_transposed.get(), ld, dy, n, column, nullptr, panels.get(), sums.get());
+        write_transposed(rank, columns, sums.get(), adapter.scaling, db + column * rank);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void low_rank_gradient(Dtype dtype, int64_t m, int64_t n, int64_t k, const void* dy, const void* x, const float* xa,
+                       const LowRankGradient& adapter, float* da, float* db, const Parallel& parallel) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return gradient<float>(m, n, k, dy, x, xa, adapter, da, db, parallel);
+    case Dtype::kBFloat16:
+      return gradient<bf16>(m, n, k, dy, x, xa, adapter, da, db, parallel);
+    case Dtype::kFloat16:
+      return gradient<fp16>(m, n, k, dy, x, xa, adapter, da, db, parallel);
+  }
+}
+
+}  // namespace peftrt::cpu::PEFTRT_ISA
