@@ -130,6 +130,7 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         **dict.fromkeys(("x", "dy", "out"), x),
         **dict.fromkeys(("A", "B", "lora_A"), x[:_RANK]),
         "lora_B": x[:, :_RANK].contiguous(),
+        "xa": torch.zeros(_SIZE, _RANK, device=device),
         "ranks": one * _RANK,
         "offsets": one * 0,
         "slot_ids": torch.zeros(_SIZE, dtype=torch.int32, device=device),
@@ -137,6 +138,7 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "dtype": dtype,
         "double_quant": True,
         "bias": None,
+        "needs_dx": True,
         "seed": one.long(),
         **dict.fromkeys(("dropout_p", "p"), 0.5),
     }

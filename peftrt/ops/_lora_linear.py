@@ -203,6 +203,8 @@ def _native_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Ten
     *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx = rest
     if not x.is_cpu:
         return _composed(dy, x, xa, weight, lora_A, lora_B, scaling, dropout_p, seed, None, needs_dx)
+    if torch.is_autocast_enabled("cpu"):
+        raise RuntimeError("lora_linear_backward: not under autocast, which would round torch's products")
     A, B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
     drawn = int(seed) if dropout_p else None
     g, dA, dB = torch.ops.peftrt_cpu.low_rank_gradient.default(dy, x, xa, B, scaling, drawn, dropout_p)
@@ -269,7 +271,7 @@ _BACKWARD = define(
     check=_check_backward,
     fake=_fake_backward,
     backends=(
-        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda")),
+        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda"), strict=True),
         reference_backend(reference.backward),
     ),
 )
