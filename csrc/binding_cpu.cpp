@@ -83,12 +83,18 @@ Weight weight_of(const char* op, const Tensor& codes, const Tensor& absmax, cons
   return weight;
 }
 
+// A call of less work than this stays on the caller's thread. Work is counted in multiplications, of which a core does
+// 30 in a nanosecond; to decode a weight counts as four. To wake a second thread takes 5 to 10 µs if it spins and 25 to
+// 50 if it sleeps (OMP_WAIT_POLICY), so that two threads first win at 30 µs of work and at some 100 (Zen 3, November
+// 2026).
+constexpr int64_t kAlone = 1 << 20;
+
 // torch's own threads, so that torch.set_num_threads is obeyed and no second pool competes with them.
-Parallel parallel() {
+Parallel parallel(int64_t work) {
   const auto run = [](int64_t tasks, Parallel::Body body, void* context) {
     torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
   };
-  return {int(torch::stable::get_num_threads()), run};
+  return {work < kAlone ? 1 : int(torch::stable::get_num_threads()), run};
 }
 
 void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -97,7 +103,7 @@ void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_ab
   check_dense(out, op, "out");
   const Dtype dtype = dtype_of(out, op, "out");
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, 1, out.numel());
-  peftrt::cpu::kernels().nf4_dequantize(weight, dtype, out.mutable_data_ptr(), parallel());
+  peftrt::cpu::kernels().nf4_dequantize(weight, dtype, out.mutable_data_ptr(), parallel(4 * out.numel()));
 }
 
 void nf4_quantize(Tensor weight, int64_t block_size, Tensor codes, Tensor absmax) {
@@ -110,7 +116,7 @@ void nf4_quantize(Tensor weight, int64_t block_size, Tensor codes, Tensor absmax
   bytes_of(absmax, 4 * blocks, op, "absmax");
   peftrt::cpu::kernels().nf4_quantize(dtype, numel, int(block_size), weight.const_data_ptr(),
                                       static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                                      static_cast<uint8_t*>(absmax.mutable_data_ptr()), parallel());
+                                      static_cast<uint8_t*>(absmax.mutable_data_ptr()), parallel(4 * numel));
 }
 
 void nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor codes, Tensor nested_absmax) {
@@ -122,7 +128,8 @@ void nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor codes, Tensor nest
   bytes_of(codes, blocks, op, "codes");
   bytes_of(nested_absmax, 4 * runs, op, "nested_absmax");
   peftrt::cpu::kernels().nf4_quantize_scales(blocks, scales, mean, static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                                             static_cast<uint8_t*>(nested_absmax.mutable_data_ptr()), parallel());
+                                             static_cast<uint8_t*>(nested_absmax.mutable_data_ptr()),
+                                             parallel(4 * blocks));
 }
 
 // a [..., a_width] times the weight -> out [..., out_width], both contiguous and of one dtype; their dtype and rows.
@@ -154,9 +161,11 @@ void linear(const char* op, const Tensor& x, const Tensor& codes, const Tensor& 
     check(bias->dim() == 1 && bias->numel() == n && bias->scalar_type() == x.scalar_type(), op, "bias",
           "[N], of x's dtype");
   }
+  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
+  const int64_t work = (4 + product.rows) * n * k + product.rows * (n + k) * rank;
   peftrt::cpu::kernels().nf4_linear(weight, product.dtype, product.rows, x.const_data_ptr(),
                                     bias ? bias->const_data_ptr() : nullptr, adapter, out.mutable_data_ptr(),
-                                    parallel());
+                                    parallel(work));
 }
 
 void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -170,8 +179,10 @@ void linear_dx(const char* op, const Tensor& dy, const Tensor& codes, const Tens
   const Product product = check_product(op, "dy", dy, out);
   const int64_t n = dy.size(-1), k = out.size(-1);
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
+  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
+  const int64_t work = (4 + product.rows) * n * k + product.rows * k * rank;
   peftrt::cpu::kernels().nf4_linear_dx(weight, product.dtype, product.rows, dy.const_data_ptr(), adapter,
-                                       out.mutable_data_ptr(), parallel());
+                                       out.mutable_data_ptr(), parallel(work));
 }
 
 void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -256,7 +267,7 @@ void dropout(Tensor x, int64_t seed, double p, Tensor out) {
   check_dense(out, op, "out");
   check(out.numel() == x.numel() && out.scalar_type() == x.scalar_type(), op, "out", "of x's size and dtype");
   peftrt::cpu::kernels().dropout(dtype_of(x, op, "x"), x.numel(), dropout_of(op, seed, p), x.const_data_ptr(),
-                                 out.mutable_data_ptr(), parallel());
+                                 out.mutable_data_ptr(), parallel(8 * x.numel()));
 }
 
 // g = scaling * dy B, dA = g^T drop(x) and dB = scaling * dy^T xa, in fp32; a seed where something was dropped.
@@ -287,10 +298,10 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
   adapter.dropout = seed ? &dropout : nullptr;
   adapter.scaling = float(scaling);
   adapter.g = static_cast<float*>(g.mutable_data_ptr());
-  peftrt::cpu::kernels().low_rank_gradient(dtype_of(x, op, "x"), m, n, k, rows_dy.const_data_ptr(),
-                                           rows_x.const_data_ptr(), static_cast<const float*>(rows_xa.const_data_ptr()),
-                                           adapter, static_cast<float*>(da.mutable_data_ptr()),
-                                           static_cast<float*>(db.mutable_data_ptr()), parallel());
+  peftrt::cpu::kernels().low_rank_gradient(
+      dtype_of(x, op, "x"), m, n, k, rows_dy.const_data_ptr(), rows_x.const_data_ptr(),
+      static_cast<const float*>(rows_xa.const_data_ptr()), adapter, static_cast<float*>(da.mutable_data_ptr()),
+      static_cast<float*>(db.mutable_data_ptr()), parallel(2 * m * (n + k) * rank));
   return {g, da, db};
 }
 

@@ -17,7 +17,6 @@ constexpr int64_t kRows = kMicroRows2;  // rows of dy a tile
 constexpr int64_t kMaxColumns = 256;    // of a block
 constexpr int64_t kMaxRowsOfDy = 516;   // rows of dy at a time: a multiple of kRows, their sums stay in L2
 constexpr int64_t kBlock = 256 * 128;   // weights decoded at a time: 128 KB of floats
-constexpr int64_t kMaxDepth = 256;      // rows of W a panel, which is then half an L1
 
 // What is decoded before it is multiplied: `depth` rows of W by `columns`.
 //
@@ -31,8 +30,8 @@ struct Block {
   int64_t stride() const { return kPanel * depth + 16; }  // of panels: they start on different cache sets
 };
 inline Block block_for(int64_t m, int64_t piece) {
-  const int64_t columns = min64(piece, m <= 32 ? kMaxColumns : 128);
-  return {min64(kBlock / columns, kMaxDepth), columns};
+  const int64_t columns = m <= 32 ? kMaxColumns : 128;
+  return {kBlock / columns, min64(piece, columns)};  // the order of a sum goes by the depth: not by the threads
 }
 
 // dy[rows, N] -> packed[slice][row][depth] as floats; a tile is kRows neighbouring rows.

@@ -15,8 +15,6 @@ constexpr int64_t kRows = kMicroRows2;    // its rows of scalars
 constexpr int64_t kDepth = 256;           // rows of a panel: 16 KB of 16 lanes, half an L1
 constexpr int64_t kRowsOfDy = 4 * kRows;  // rows of dy a task
 constexpr int64_t kWide = 64;             // columns of x or dy a task: of a page, what is read of it at once
-// To wake a second thread takes as long as so many multiplications do (20 µs, Zen 3, November 2026).
-constexpr int64_t kAlone = 1 << 20;
 
 // Rows [row, row + kRowsOfDy) of g, and of g^T and xa^T, whose rows are `ld` apart.
 template <class T>
@@ -92,11 +90,10 @@ inline void write_transposed(int64_t rank, int64_t columns, const float* sums, f
 
 template <class T>
 void gradient(int64_t m, int64_t n, int64_t k, const void* dy_bytes, const void* x_bytes, const float* xa,
-              const LowRankGradient& adapter, float* da, float* db, const Parallel& threads) {
+              const LowRankGradient& adapter, float* da, float* db, const Parallel& parallel) {
   const T *dy = static_cast<const T*>(dy_bytes), *x = static_cast<const T*>(x_bytes);
   const int64_t rank = adapter.rank, ld = m + 16;  // rows of the transposed do not fall on the same cache sets
   if (rank == 0) return;
-  const Parallel parallel = m * (n + k) * rank < kAlone ? Parallel{1, threads.run} : threads;
   Scratch<float> g_transposed(rank * ld), xa_transposed(rank * ld);
   for_ranges(parallel, ceil_div(m, kRowsOfDy), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
