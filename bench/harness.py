@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from bench import ceilings, environment, measure, results
 from bench.cells import DTYPE_NAMES, Cell
 from bench.measure import Contender, Race
@@ -40,7 +38,8 @@ class Session:
     def ceilings(self) -> ceilings.Ceilings:
         """Measured once, before the first cell."""
         if self._ceilings is None:
-            self._ceilings = ceilings.measure(self.device, self.timer, self.quick)
+            with self.timer.scope():
+                self._ceilings = ceilings.measure(self.device, self.timer, self.quick)
         return self._ceilings
 
     @property
@@ -57,7 +56,10 @@ class Session:
 
 
 class Runner:
-    """One cell's run; a benchmark gets it as the fixture ``runner``."""
+    """One cell's run; a benchmark gets it as the fixture ``runner``.
+
+    ``benchmark`` is pytest-benchmark's fixture, or None: the rounds are then run without it.
+    """
 
     def __init__(self, session: Session, benchmark: Any, say: Callable[[str], None]) -> None:
         self._session, self._benchmark, self._say = session, benchmark, say
@@ -72,21 +74,29 @@ class Runner:
         Raises:
             WrongResultError: a wrong result; the stored cell says so in place of its figures.
         """
+        with self.timer.scope():
+            self._run(cell, builders)
+
+    def _run(self, cell: Cell, builders: Mapping[str, Callable[[], Contender]]) -> None:
         store = self._session.store
         try:
             found = measure.assemble(builders)
         except measure.WrongResultError as red:
-            store.put(cell.op, cell.id, {**cell.describe(), "failed": str(red)})
+            store.put(cell.op, cell.id, {**cell.describe(), "failed": f"wrong result: {red}"})
             raise
-        if self._benchmark.disabled:
+        if self._benchmark is not None and self._benchmark.disabled:
             self._benchmark.pedantic(lambda: None)
             return
-        self._benchmark.group = f"{cell.op} {cell.part} {DTYPE_NAMES[cell.dtype]}"
         race = Race(found.contenders, self.timer, self._session.plan)
-        self._benchmark.pedantic(race.own, teardown=race.others, rounds=race.rounds, iterations=race.own_calls)
+        if self._benchmark is None:
+            race.run()
+        else:
+            self._benchmark.group = f"{cell.op} {cell.part} {DTYPE_NAMES[cell.dtype]}"
+            self._benchmark.pedantic(race.own, teardown=race.others, rounds=race.rounds, iterations=race.own_calls)
         floor = self._session.ceilings.floor(cell.evaluate(cell.bytes), cell.evaluate(cell.flops))
         entries = measure.report(race, found, floor)
-        self._benchmark.extra_info.update(entries)
+        if self._benchmark is not None:
+            self._benchmark.extra_info.update(entries)
         content = {**cell.describe(), "floor_ms": measure.digits(floor * 1e3), "rounds": race.rounds}
         store.put(cell.op, cell.id, {**content, "contenders": entries})
         self._session.measured += 1
@@ -106,8 +116,3 @@ def backend_of(op: str, *args: Any) -> str:
     flat = [part for arg in args for part in (weight_args(op, arg) if isinstance(arg, NF4Weight) else (arg,))]
     backend = OPS[op].choice(*flat).backend
     return backend.name if backend else "none"
-
-
-def cells_of(module: Any, device: str, quick: bool) -> list[Any]:
-    """A benchmark file's cells as pytest parameters."""
-    return [pytest.param(cell, id=cell.id) for cell in module.cells(device, quick)]
