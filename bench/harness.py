@@ -21,12 +21,22 @@ from peftrt.ops._weight import weight_args
 class Session:
     """What the cells of one run share: device, timer, ceilings, result files and the time that is left."""
 
-    def __init__(self, device: str, folder: Path, quick: bool, budget: float | None) -> None:
+    def __init__(
+        self,
+        device: str,
+        folder: Path,
+        quick: bool,
+        budget: float | None,
+        key: str | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``key`` names the run, where it is part of a longer one; ``more`` is added to what it says of itself."""
         self.device, self.quick, self.folder = device, quick, folder
         self.timer: Timer = timer_for(device)
         self.plan = measure.QUICK if quick else measure.PLANS[device]
         self.measured = 0  # cells timed and stored by this run
         self._end = None if budget is None else time.monotonic() + budget
+        self._key, self._more = key, dict(more or {})
         self._store: results.Store | None = None
         self._ceilings: ceilings.Ceilings | None = None
 
@@ -48,10 +58,7 @@ class Session:
         if self._store is None:
             facts = environment.describe(self.device)
             facts |= {"ceilings": asdict(self.ceilings), "timer": self.timer.name, "quick": self.quick}
-            commit = (facts["commit"] or "unknown")[:12] + ("-dirty" if facts["dirty"] else "")
-            self._store = results.Store(
-                self.folder, f"{time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime())} {commit}", facts
-            )
+            self._store = results.Store(self.folder, self._key or results.run_key(facts), facts | self._more)
         return self._store
 
 

@@ -107,9 +107,7 @@ NARROW = tuple(site for site in GPU_SITES if site.N <= 4096)
 # What holds on any GPU, whatever its ceilings.
 GPU = (
     *(
-        Mark(
-            "nf4_linear", part, "bf16", GPU_ROWS, "bitsandbytes", at_least=1.0, sites=GPU_SITES, everywhere=True
-        )
+        Mark("nf4_linear", part, "bf16", GPU_ROWS, "bitsandbytes", at_least=1.0, sites=GPU_SITES, everywhere=True)
         for part in ("forward", "dx")
     ),
     *_lora_overhead("bf16"),

@@ -86,11 +86,12 @@ def assemble(builders: Mapping[str, Callable[[], Contender]]) -> Field:
         except Exception as error:
             if name == OWN:
                 raise
-            found.skipped[name] = _reason(error)
+            found.skipped[name] = reason(error)
     return found
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The kind and the first line of an error, for a table."""
     text = str(error).strip() or "no message"
     return textwrap.shorten(f"{type(error).__name__}: {text.splitlines()[0]}", 120, placeholder=" ...")
 

@@ -13,13 +13,14 @@ TITLE = "README.md"
 BUSY = 0.25  # load average a thread
 
 
-def draw(folder: Path) -> str:
+def draw(folder: Path, plots: bool = True) -> str:
     """Write the table and the plots beside the results in ``folder``; returns the table's text, in Markdown."""
     found = results.read_all(folder)
     text = "\n".join([*_heading(folder, found), *_figures(found), *_marks(found)])
     (folder / TITLE).write_text(text + "\n")
-    for op, content in found.items():
-        plot(op, content, folder / f"{op}.png")
+    if plots:
+        for op, content in found.items():
+            plot(op, content, folder / f"{op}.png")
     return text
 
 
@@ -40,7 +41,7 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
     yield ""
     yield "Medians in ms; in brackets how many times peftrt's time that is (median of the ratios of the rounds)."
     if any(run["timer"] != "perf_counter" for run in runs.values()):
-        yield "GPU: replays of a captured graph; \"launched\": it could not be captured, and its launches are timed too."
+        yield 'GPU: replays of a captured graph; "launched": it could not be captured, so its launches are timed too.'
 
 
 def _busy(run: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import judging, marks, report, shapes
+from bench import judging, marks, report
 from bench.bench_lora_linear import cells as lora_cells
 from bench.bench_nf4_dequantize import cells as dequantize_cells
 from bench.bench_nf4_linear import cells as linear_cells
@@ -108,7 +108,7 @@ def test_every_mark_speaks_of_a_cell_that_is_measured() -> None:
 
 
 def test_narrow_and_large_sites_are_those_that_the_marks_mean() -> None:
-    assert marks.LARGE == (shapes.Site(8192, 8192),)
+    assert [str(site) for site in marks.LARGE] == ["8192x8192"]
     assert [str(site) for site in marks.NARROW] == ["4096x4096", "4096x14336", "1280x8192"]
 
 

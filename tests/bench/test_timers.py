@@ -43,8 +43,10 @@ class Cuda:
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         before, self.current = self.current, stream.name
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextmanager
     def graph(self, graph: Graph, stream: Any) -> Iterator[None]:
@@ -122,9 +124,15 @@ def test_operands_rotate_over_four_times_the_cache(cuda: Cuda) -> None:
 
 def test_a_cell_has_one_stream_and_leaves_it_ordered(cuda: Cuda) -> None:
     timer = timers.CudaTimer()
-    with pytest.raises(KeyError), timer.scope():
-        assert cuda.current == "side"
+    inside: list[str] = []
+
+    def fail() -> None:
+        inside.append(cuda.current)
         raise KeyError
+
+    with pytest.raises(KeyError), timer.scope():
+        fail()
+    assert inside == ["side"]
     assert cuda.current == "default"
     assert cuda.log == ["side waits for default", "default waits for side"]
 
