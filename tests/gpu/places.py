@@ -6,7 +6,7 @@ The tests of this folder run on a CPU too, on smaller sizes: what they ask is th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import peftrt
 from bench.shapes import GPU_ROWS, GPU_SITES, Site
 from peftrt import BackendError, NF4Weight
 from peftrt.formats.nf4 import float_bytes
+from peftrt.ops import _native
 from peftrt.ops._define import OPS
 from peftrt.ops._weight import weight_args
 
@@ -54,13 +55,24 @@ class Place(NamedTuple):
             return None
 
 
-def places(*backends: str | None) -> list[object]:
-    """The CPU by itself; on a GPU, where there is one, each of ``backends``."""
-    here = Place("cpu", None)
-    found: list[object] = [pytest.param(here, id=str(here))]
-    if torch.cuda.is_available():
-        for place in (Place("cuda", name) for name in backends):
-            found.append(pytest.param(place, id=str(place), marks=pytest.mark.gpu))
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that has no meaning on a CPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+def backends(*names: str | None) -> list[Any]:
+    """Backends of a GPU as parameters; the native one is skipped where it is not built, which the build has said."""
+    missing = _native.load_cuda() if torch.cuda.is_available() else None
+    unbuilt = pytest.mark.skipif(missing is not None, reason=f"native kernels: {missing}")
+    return [pytest.param(name, id=name or "default", marks=[unbuilt] if name == "native" else []) for name in names]
+
+
+def places(*names: str | None) -> list[object]:
+    """The CPU by itself; on a GPU, where there is one, each of the backends."""
+    found: list[object] = [pytest.param(Place("cpu", None), id="cpu-default")]
+    for parameter in backends(*names) if torch.cuda.is_available() else []:
+        place, marks = Place("cuda", parameter.values[0]), [pytest.mark.gpu, *parameter.marks]
+        found.append(pytest.param(place, id=str(place), marks=marks))
     return found
 
 
@@ -68,11 +80,6 @@ EVERYWHERE = pytest.mark.parametrize("place", places(None, "native", "triton"))
 BY_DEFAULT = pytest.mark.parametrize("place", places(None))
 # nf4_quantize has no Triton kernel
 QUANTIZERS = pytest.mark.parametrize("place", places(None, "native"))
-
-
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that has no meaning on a CPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 
 def site_on(site: Site, device: str) -> Site:

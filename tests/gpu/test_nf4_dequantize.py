@@ -17,6 +17,7 @@ from tests.gpu.places import (
     EVERYWHERE,
     Place,
     assert_not_by_the_reference,
+    backends,
     decoded,
     launches,
     on_gpu,
@@ -86,7 +87,7 @@ def test_opcheck(place: Place, dtype: torch.dtype) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("backend", [None, "native", "triton"])
+@pytest.mark.parametrize("backend", backends(None, "native", "triton"))
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 def test_one_launch(nested: bool, backend: str | None) -> None:
     weight = random_weight(4096, 4096, "cuda", nested=nested)
@@ -98,7 +99,7 @@ def test_one_launch(nested: bool, backend: str | None) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", backends("native", "triton"))
 def test_more_than_two_to_the_31_weights(backend: str) -> None:
     n, k = 40960, 65536
     weight = random_weight(n, k, "cuda")

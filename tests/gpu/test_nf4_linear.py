@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peftrt
-from bench import truth
+from bench import problem, truth
 from bench.shapes import GPU_SITES, Site
 from peftrt import NF4Weight, ops
 from peftrt.ops._weight import weight_args
@@ -21,6 +21,7 @@ from tests.gpu.places import (
     Place,
     assert_as_accurate,
     assert_not_by_the_reference,
+    backends,
     decoded,
     dx,
     on_gpu,
@@ -47,7 +48,7 @@ def test_as_accurate_as_decoding_first(site: Site, place: Place, dtype: torch.dt
     exact, wide = decoded(weight, torch.float32), decoded(weight, dtype)
     n, k = weight.shape
     for m in rows_of(site, place.device, request.config.getoption("--fuzz")):
-        x, dy = (randn(m, size, seed=m, dtype=dtype, device=place.device) for size in (k, n))
+        x, dy = (problem.activations(m, size, dtype, place.device, seed=m) for size in (k, n))
         y = place.run(lambda x=x: ops.nf4_linear(x, weight), place.must("nf4_linear", dtype, m))
         if y is not None:
             assert_as_accurate(y, truth.linear(x, exact), usual_linear(x, wide))
@@ -211,7 +212,7 @@ def test_a_gpu_is_served_by_kernels(dtype: torch.dtype) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", backends("native", "triton"))
 def test_more_than_two_to_the_31_weights(backend: str) -> None:
     """Rows on either side of the place where 32-bit counts of weights, or of bytes of their decoded values, end."""
     n, k, m = 40960, 65536, 3

@@ -12,12 +12,12 @@ from torch import Tensor
 import peftrt
 from peftrt import NF4Weight, QLoRALinear, ops
 from tests.cases import randn
-from tests.gpu.places import NATIVE_ROWS, Place, dx, on_gpu, random_weight
+from tests.gpu.places import NATIVE_ROWS, Place, backends, dx, on_gpu, random_weight
 from tests.tolerances import assert_same_bits
 
 N, K = 4096, 2048
 ROWS = (1, 16, 64, 130, 600, 2048)  # one at least on each path
-BACKENDS = pytest.mark.parametrize("backend", [None, "native", "triton"])
+BACKENDS = pytest.mark.parametrize("backend", backends(None, "native", "triton"))
 
 Call = Callable[[Tensor], Tensor]
 
