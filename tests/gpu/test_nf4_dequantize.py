@@ -107,16 +107,16 @@ def test_more_than_two_to_the_31_weights(backend: str) -> None:
     with peftrt.backend(backend):
         ops.nf4_dequantize(weight, out=out)
     # all of it in pieces, each of them small enough for 32 bits
-    for start in range(0, n, 8192):
-        rows = slice(start, start + 8192)
-        runs = slice(start * k // 64 // 256 * 4, (start + 8192) * k // 64 // 256 * 4)
+    for start in range(0, n, 4096):
+        rows = slice(start, start + 4096)
+        runs = slice(start * k // 64 // 256 * 4, (start + 4096) * k // 64 // 256 * 4)
         assert weight.nested_absmax is not None
         part = NF4Weight(
             weight.codes[rows],
             weight.absmax[rows],
             weight.nested_absmax[runs],
             weight.nested_offset,
-            (8192, k),
+            (4096, k),
             torch.bfloat16,
         )
         assert torch.equal(out[rows], decoded(part, torch.bfloat16)), f"rows from {start}"
