@@ -6,8 +6,11 @@ rows that blocks straddle, nested scales and plain ones, each range of M.
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +47,26 @@ CASES = (
 )
 
 
-def main(device: str) -> int:
-    """Run every case on ``"cuda"`` or ``"cpu"``; returns 1 where a result is wrong or no kernel took a call."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.every_kernel", description=__doc__)
+    parser.add_argument("device", choices=BACKENDS, nargs="?", default="cuda", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="share the cases among so many processes, for the compiler")
+    parser.add_argument("--job", type=int, metavar="I", help="run the share of process I alone")
+    options = parser.parse_args(arguments)
+    if options.job is not None or options.jobs == 1:
+        return run(options.device, options.job or 0, options.jobs)
+    command = [sys.executable, "-m", "bench.every_kernel", options.device, "--jobs", str(options.jobs), "--job"]
+    processes = [subprocess.Popen([*command, str(job)]) for job in range(options.jobs)]
+    failed = sum(process.wait() != 0 for process in processes)
+    print(f"{options.jobs} processes, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+def run(device: str, job: int = 0, jobs: int = 1) -> int:
+    """Run every ``jobs``-th case on a device; returns 1 where a result is wrong or no kernel took a call."""
     runs = dict.fromkeys(BACKENDS[device], 0)
     wrong = 0
-    for name, words, call in _calls(device):
+    for name, words, call in _calls(device, job, jobs):
         print(f"{name} {words}", flush=True)
         try:
             with backend(None if name == DEFAULT else name):
@@ -64,14 +82,14 @@ def main(device: str) -> int:
     return 1 if wrong or not any(runs.values()) else 0
 
 
-def _calls(device: str) -> Iterator[tuple[str, str, Callable[[], str]]]:
-    """(backend, what, call); a call returns what is wrong with its result."""
-    for size in (ALIGNED, PLAIN, STRADDLING):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for name in BACKENDS[device]:
-                yield name, f"nf4_quantize {_name(size, dtype)}", lambda s=size, d=dtype: _quantize(s, d, device)
-                yield name, f"nf4_dequantize {_name(size, dtype)}", lambda s=size, d=dtype: _dequantize(s, d, device)
-    for size, M, dtype in CASES:
+def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """(backend, what, call); a call returns what is wrong with its result. All backends of a case are in one share."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    for size, dtype in [*itertools.product((ALIGNED, PLAIN, STRADDLING), floats)][job::jobs]:
+        for name in BACKENDS[device]:
+            yield name, f"nf4_quantize {_name(size, dtype)}", lambda s=size, d=dtype: _quantize(s, d, device)
+            yield name, f"nf4_dequantize {_name(size, dtype)}", lambda s=size, d=dtype: _dequantize(s, d, device)
+    for size, M, dtype in CASES[job::jobs]:
         for name in BACKENDS[device]:
             case = size, M, dtype, device
             yield name, f"nf4_linear M={M} {_name(size, dtype)}", lambda c=case: _linear(*c)
@@ -135,4 +153,4 @@ def _far(actual: Tensor, expected: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:] or ["cuda"]))
+    sys.exit(main())

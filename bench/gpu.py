@@ -34,10 +34,11 @@ EVERY_KERNEL = ("-m", "bench.every_kernel")
 MARKERS = {"cuda": "gpu", "cpu": "not gpu"}
 
 BUDGET = 460.0  # seconds; under 8 minutes with what the table takes
-# The most that a step may take of the budget; what one leaves the next ones have. The benchmarks take all that is left
-# but for what the sanitizer is to have.
-SHARES = {"device": 0.08, "build": 0.25, "kernels": 0.12, "tests": 0.25}
-SANITIZER_SHARE = 0.12
+# The most that a step may take of the budget; what one leaves the next ones have. The benchmarks take what is left then
+# but for the sanitizer's share, or a third of it where that is less.
+SHARES = {"device": 0.2, "build": 0.25, "kernels": 0.12, "tests": 0.22}
+SANITIZER_SHARE = 0.18
+PROCESSES = 6  # that compile Triton's kernels at once
 STALL = 90.0  # seconds without a word: a kernel that never ends
 RESTARTS = 5  # of the benchmarks, behind cells that lost the device
 NO_TESTS = 5  # pytest's exit status
@@ -179,8 +180,13 @@ def build(run: Run) -> None:
 
 def kernels(run: Run) -> None:
     """Every kernel once, on tiny operands, against float64: what is broken shows here in seconds."""
-    ended = run.process(run.python(*EVERY_KERNEL, run.options.device), run.seconds("kernels"), stall=STALL)
+    program = run.python(*EVERY_KERNEL, run.options.device, "--jobs", str(_processes()))
+    ended = run.process(program, run.seconds("kernels"), stall=STALL)
     run.end("kernels", ended, ended.last)
+
+
+def _processes() -> int:
+    return min(PROCESSES, os.cpu_count() or 1)
 
 
 def tests(run: Run) -> None:
@@ -197,7 +203,7 @@ def tests(run: Run) -> None:
     if run.options.fuzz:
         command.append("--fuzz")
     if _installed("xdist"):
-        command += ["-n", str(min(6, os.cpu_count() or 1)), "--dist", "worksteal"]
+        command += ["-n", str(_processes()), "--dist", "worksteal"]
     if _installed("pytest_timeout"):
         # by a thread that ends the process: no signal gets through to one that waits for a kernel
         command += ["--timeout", f"{STALL - 15:.0f}", "--timeout-method", "thread"]
@@ -220,7 +226,7 @@ def tests(run: Run) -> None:
 def bench(run: Run) -> None:
     """All cells, what marks name first, until the time is spent but for the sanitizer's."""
     assert run.folder is not None
-    reserve = SANITIZER_SHARE * run.options.budget if run.wants("sanitize") else 0.0
+    reserve = min(SANITIZER_SHARE * run.options.budget, run.left / 3) if run.wants("sanitize") else 0.0
     lost: list[tuple[str, str, str]] = []
     for _ in range(RESTARTS + 1):
         budget = run.left - reserve - steps.GRACE

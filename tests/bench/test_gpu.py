@@ -58,7 +58,8 @@ def test_a_run_writes_cells_log_outcomes_and_a_table(tmp_path: Path) -> None:
         ("kernels", "ok"),
         ("bench", "ok"),
     ]
-    assert "0 wrong" in record["steps"][1]["detail"]
+    assert ", 0 failed" in record["steps"][1]["detail"]
+    assert "; 0 wrong" in log
     table = log[log.index("## Marks of") :]
     assert "nf4_dequantize | out-fp32 | >= 8x bitsandbytes" in table
     assert "not measured: no cell of it was run" in table
@@ -205,5 +206,5 @@ def test_the_names_of_steps_and_operations_choose() -> None:
 
 
 def test_shares_leave_time_for_the_benchmarks() -> None:
-    assert sum(gpu.SHARES.values()) + gpu.SANITIZER_SHARE < 0.85
+    assert sum(gpu.SHARES.values()) < 0.8
     assert gpu.BUDGET < 8 * 60
