@@ -60,6 +60,8 @@ class Run:
         paths = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
         tools = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
         self.environment = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PATH": tools}
+        # several processes share the cores: threads that spin while they wait would take them from the others
+        self.environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
         if options.commit:
             self.environment["PEFTRT_COMMIT"] = options.commit
 
