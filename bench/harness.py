@@ -1,4 +1,4 @@
-"""Runs a cell inside pytest: check, race, result file, and pytest-benchmark's own record of peftrt's calls."""
+"""Runs a cell: check, race, result file; inside pytest also pytest-benchmark's own record of peftrt's calls."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
     for key, run in sorted(runs.items()):
         ceilings = run["ceilings"]
         yield (
-            f"- Run {key}: {run['device']}, {run['threads']} threads; "
+            f"- Run {key}: {run['device']}, {_platform(run)}; "
             f"torch {run['versions']['torch']}, bitsandbytes {run['versions']['bitsandbytes']}, "
             f"peft {run['versions']['peft']}; copy {ceilings['copy_gb_s']:g} GB/s, "
             f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']:g} TFLOP/s"
@@ -42,6 +42,12 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
     yield "Medians in ms; in brackets how many times peftrt's time that is (median of the ratios of the rounds)."
     if any(run["timer"] != "perf_counter" for run in runs.values()):
         yield 'GPU: replays of a captured graph; "launched": it could not be captured, so its launches are timed too.'
+
+
+def _platform(run: Mapping[str, Any]) -> str:
+    if run["timer"] == "perf_counter":
+        return f"{run['threads']} threads"
+    return f"driver {run['driver']}, CUDA {run['cuda']}, triton {run['versions']['triton']}"
 
 
 def _busy(run: Mapping[str, Any]) -> str:

@@ -125,6 +125,19 @@ def test_the_summary_has_a_row_for_every_mark_and_shows_the_worst_cell() -> None
     assert by_mark["dx-bf16-M2048", ">= 0.9x torch"] == ["", "", "not measured: no cell of it was run"]
 
 
+def test_the_report_of_a_gpu_names_driver_and_cuda_and_marks_what_was_launched(tmp_path: Path) -> None:
+    found = _results("nf4_linear", _cell("forward", 64, 0.01, dtype="bf16", torch=2.5, bitsandbytes=3.0), H200)
+    (run,) = found["nf4_linear"]["runs"].values()
+    run |= {"driver": "580.1", "cuda": "13.0", "versions": {**run["versions"], "triton": "3.6.0"}}
+    found["nf4_linear"]["cells"]["the cell"]["contenders"]["bitsandbytes"]["note"] = "launched call by call"
+    (tmp_path / "nf4_linear.json").write_text(json.dumps(found["nf4_linear"]))
+    text = report.draw(tmp_path, plots=False)
+    assert "NVIDIA H200, driver 580.1, CUDA 13.0, triton 3.6.0; torch 1" in text
+    assert "0.03 (3x) launched" in text
+    assert "Marks: 3 of 3 reached" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "nf4_linear.json"]
+
+
 def test_the_report_shows_every_row(tmp_path: Path) -> None:
     found = _results("nf4_linear", _cell("forward", 1, 0.65, bitsandbytes=46.2, torch=1.8))
     cells = found["nf4_linear"]["cells"]
