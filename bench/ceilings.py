@@ -29,7 +29,7 @@ def measure(device: str, timer: Timer, quick: bool = False) -> Ceilings:
 
     On a CPU the product is in fp32 whatever a cell's dtype: arithmetic on narrower ones is done in fp32 there.
     """
-    numel = (1 << 22 if quick else 1 << 26) if device == "cpu" else 1 << 30
+    numel = (1 << 22 if quick else 1 << 26) if device == "cpu" else _copied_on_a_gpu()
     size = (512 if quick else 3072) if device == "cpu" else 8192
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     source = torch.ones(numel, device=device)
@@ -42,6 +42,11 @@ def measure(device: str, timer: Timer, quick: bool = False) -> Ceilings:
         matmul_tflop_s=float(f"{2 * size**3 / product / 1e12:.4g}"),
         matmul_dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _copied_on_a_gpu() -> int:
+    """4 GiB of fp32, less where two of them would fill the memory."""
+    return min(1 << 30, torch.cuda.get_device_properties().total_memory // 32)
 
 
 def _best(timer: Timer, call: Call) -> float:

@@ -17,7 +17,8 @@ SESSION = pytest.StashKey[harness.Session]()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
         session = _session(metafunc.config)
-        metafunc.parametrize("cell", harness.cells_of(metafunc.module, session.device, session.quick))
+        cells = metafunc.module.cells(session.device, session.quick)
+        metafunc.parametrize("cell", [pytest.param(cell, id=cell.id) for cell in cells])
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""Runs a cell inside pytest: check, race, result file, and pytest-benchmark's own record of peftrt's calls."""
+"""Runs a cell: check, race, result file; inside pytest also pytest-benchmark's own record of peftrt's calls."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from bench import ceilings, environment, measure, results
 from bench.cells import DTYPE_NAMES, Cell
@@ -23,12 +21,22 @@ from peftrt.ops._weight import weight_args
 class Session:
     """What the cells of one run share: device, timer, ceilings, result files and the time that is left."""
 
-    def __init__(self, device: str, folder: Path, quick: bool, budget: float | None) -> None:
+    def __init__(
+        self,
+        device: str,
+        folder: Path,
+        quick: bool,
+        budget: float | None,
+        key: str | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``key`` names the run, where it is part of a longer one; ``more`` is added to what it says of itself."""
         self.device, self.quick, self.folder = device, quick, folder
         self.timer: Timer = timer_for(device)
         self.plan = measure.QUICK if quick else measure.PLANS[device]
         self.measured = 0  # cells timed and stored by this run
         self._end = None if budget is None else time.monotonic() + budget
+        self._key, self._more = key, dict(more or {})
         self._store: results.Store | None = None
         self._ceilings: ceilings.Ceilings | None = None
 
@@ -40,7 +48,8 @@ class Session:
     def ceilings(self) -> ceilings.Ceilings:
         """Measured once, before the first cell."""
         if self._ceilings is None:
-            self._ceilings = ceilings.measure(self.device, self.timer, self.quick)
+            with self.timer.scope():
+                self._ceilings = ceilings.measure(self.device, self.timer, self.quick)
         return self._ceilings
 
     @property
@@ -49,15 +58,15 @@ class Session:
         if self._store is None:
             facts = environment.describe(self.device)
             facts |= {"ceilings": asdict(self.ceilings), "timer": self.timer.name, "quick": self.quick}
-            commit = (facts["commit"] or "unknown")[:12] + ("-dirty" if facts["dirty"] else "")
-            self._store = results.Store(
-                self.folder, f"{time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime())} {commit}", facts
-            )
+            self._store = results.Store(self.folder, self._key or results.run_key(facts), facts | self._more)
         return self._store
 
 
 class Runner:
-    """One cell's run; a benchmark gets it as the fixture ``runner``."""
+    """One cell's run; a benchmark gets it as the fixture ``runner``.
+
+    ``benchmark`` is pytest-benchmark's fixture, or None: the rounds are then run without it.
+    """
 
     def __init__(self, session: Session, benchmark: Any, say: Callable[[str], None]) -> None:
         self._session, self._benchmark, self._say = session, benchmark, say
@@ -72,21 +81,29 @@ class Runner:
         Raises:
             WrongResultError: a wrong result; the stored cell says so in place of its figures.
         """
+        with self.timer.scope():
+            self._run(cell, builders)
+
+    def _run(self, cell: Cell, builders: Mapping[str, Callable[[], Contender]]) -> None:
         store = self._session.store
         try:
             found = measure.assemble(builders)
         except measure.WrongResultError as red:
-            store.put(cell.op, cell.id, {**cell.describe(), "failed": str(red)})
+            store.put(cell.op, cell.id, {**cell.describe(), "failed": f"wrong result: {red}"})
             raise
-        if self._benchmark.disabled:
+        if self._benchmark is not None and self._benchmark.disabled:
             self._benchmark.pedantic(lambda: None)
             return
-        self._benchmark.group = f"{cell.op} {cell.part} {DTYPE_NAMES[cell.dtype]}"
         race = Race(found.contenders, self.timer, self._session.plan)
-        self._benchmark.pedantic(race.own, teardown=race.others, rounds=race.rounds, iterations=race.own_calls)
+        if self._benchmark is None:
+            race.run()
+        else:
+            self._benchmark.group = f"{cell.op} {cell.part} {DTYPE_NAMES[cell.dtype]}"
+            self._benchmark.pedantic(race.own, teardown=race.others, rounds=race.rounds, iterations=race.own_calls)
         floor = self._session.ceilings.floor(cell.evaluate(cell.bytes), cell.evaluate(cell.flops))
         entries = measure.report(race, found, floor)
-        self._benchmark.extra_info.update(entries)
+        if self._benchmark is not None:
+            self._benchmark.extra_info.update(entries)
         content = {**cell.describe(), "floor_ms": measure.digits(floor * 1e3), "rounds": race.rounds}
         store.put(cell.op, cell.id, {**content, "contenders": entries})
         self._session.measured += 1
@@ -106,8 +123,3 @@ def backend_of(op: str, *args: Any) -> str:
     flat = [part for arg in args for part in (weight_args(op, arg) if isinstance(arg, NF4Weight) else (arg,))]
     backend = OPS[op].choice(*flat).backend
     return backend.name if backend else "none"
-
-
-def cells_of(module: Any, device: str, quick: bool) -> list[Any]:
-    """A benchmark file's cells as pytest parameters."""
-    return [pytest.param(cell, id=cell.id) for cell in module.cells(device, quick)]

@@ -1,21 +1,23 @@
-"""What a CPU with AVX2 is to reach: one list, judged against stored results."""
+"""What each device is to reach: one list a class of devices. ``judging.py`` holds results against it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.results import OWN
+from bench.shapes import GPU_ROWS, GPU_SITES, SMALLEST_SIDE, Site
 
-SMALLEST_SIDE = 2000  # below it a call's fixed cost decides
+FLOOR = "the floor"  # what the device's own ceilings allow for the cell's bytes and operations
 
 
 @dataclass(frozen=True)
 class Mark:
     """``at_least`` times as fast as ``versus``, or a time of ``at_most`` times its plus ``plus_us`` microseconds.
 
-    ``rows`` are the values of M that it holds for; with ``and_up`` the first of them and all above; empty for any.
+    Against ``FLOOR``, ``at_least`` is the share of its speed. ``rows`` are the values of M that it holds for; with
+    ``and_up`` the first of them and all above; empty for any. ``sites`` are the weights; None for all whose sides are
+    long enough. ``everywhere`` marks ask the same of every cell: they do not say which cells matter most.
     """
 
     op: str
@@ -27,12 +29,16 @@ class Mark:
     at_most: float | None = None
     plus_us: float = 0.0
     and_up: bool = False
+    sites: tuple[Site, ...] | None = None
+    everywhere: bool = False
 
     def covers(self, op: str, cell: Mapping[str, Any]) -> bool:
         """Whether the mark speaks of this cell."""
         if (self.op, self.part, self.dtype) != (op, cell["part"], cell["dtype"]):
             return False
-        if min(cell["N"], cell["K"]) < SMALLEST_SIDE:
+        if self.sites is None and min(cell["N"], cell["K"]) < SMALLEST_SIDE:
+            return False
+        if self.sites is not None and (cell["N"], cell["K"]) not in self.sites:
             return False
         M = cell.get("M", 0)
         return not self.rows or M in self.rows or (self.and_up and self.rows[0] <= M)
@@ -40,10 +46,14 @@ class Mark:
     @property
     def where(self) -> str:
         """The cells that the mark speaks of."""
-        rows = "/".join(str(M) for M in self.rows)
-        return f"{self.part}-{self.dtype}" + (f"-M{rows}" if rows else "") + ("+" if self.and_up else "")
+        rows = "" if self.everywhere else "/".join(str(M) for M in self.rows)
+        name = f"{self.part}-{self.dtype}" + (f"-M{rows}" if rows else "") + ("+" if self.and_up else "")
+        few = self.sites is not None and len(self.sites) <= 3
+        return f"{name}, {' '.join(map(str, self.sites or ()))}" if few else name
 
     def __str__(self) -> str:
+        if self.versus == FLOOR:
+            return f">= {self.at_least:.0%} of {FLOOR}"
         if self.at_least is not None:
             return f">= {self.at_least:g}x {self.versus}"
         return f"<= {self.at_most:g}x {self.versus}" + (f" + {self.plus_us:g} µs" if self.plus_us else "")
@@ -56,7 +66,14 @@ def _linear(part: str, dtype: str, M: int, bitsandbytes: float, dense: float) ->
     )
 
 
-CPU_MARKS = (
+def _lora_overhead(dtype: str) -> Iterable[Mark]:
+    """What an adapter may add to its base."""
+    for base in ("nf4", "dense"):
+        yield Mark("lora_linear", f"{base}-forward", dtype, (512,), "base", at_most=1.05, plus_us=5, and_up=True)
+        yield Mark("lora_linear", f"{base}-train", dtype, (), "base", at_most=1.1)
+
+
+CPU = (
     *_linear("forward", "fp32", 1, 42, 3.6),
     *_linear("forward", "fp32", 4, 25, 5.5),
     *_linear("forward", "fp32", 16, 9, 2.1),
@@ -68,66 +85,59 @@ CPU_MARKS = (
     *_linear("dx", "fp32", 512, 1.3, 1.08),
     Mark("nf4_dequantize", "out", "fp32", (), "bitsandbytes", at_least=8),
     Mark("nf4_dequantize", "new", "fp32", (), "torch.zeros", at_most=1.2),
-    *(
-        mark
-        for base in ("nf4", "dense")
-        for mark in (
-            Mark("lora_linear", f"{base}-forward", "fp32", (512,), "base", at_most=1.05, plus_us=5, and_up=True),
-            Mark("lora_linear", f"{base}-train", "fp32", (), "base", at_most=1.1),
-        )
-    ),
+    *_lora_overhead("fp32"),
     Mark("lora_linear", "nf4-train", "fp32", (16,), "peft+bitsandbytes", at_least=3),
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A mark on one cell. ``margin`` is the ratio of what was reached to what is asked, None without figures."""
-
-    mark: Mark
-    op: str
-    cell_id: str
-    got: str
-    margin: float | None
-
-    def __str__(self) -> str:
-        if self.margin is None:
-            return "not measured"
-        if self.margin >= 1:
-            return "reached"
-        return f"missed by {100 * (1 - self.margin):.0f} %"
+def _gpu_linear(
+    part: str, rows: tuple[int, ...], dense: float | None, bitsandbytes: float | None, sites: tuple[Site, ...]
+) -> Iterable[Mark]:
+    for versus, at_least in (("torch", dense), ("bitsandbytes", bitsandbytes)):
+        if at_least is not None:
+            yield Mark("nf4_linear", part, "bf16", rows, versus, at_least=at_least, sites=sites)
 
 
-def judge(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Verdict]:
-    """Every mark on every stored cell that it speaks of; ``results`` by operation."""
-    for mark in CPU_MARKS:
-        for cell_id, cell in _covered(mark, results):
-            yield _judge_cell(mark, cell_id, cell)
+# Sides of 8192 and up: one site, since no other has both.
+LARGE = tuple(site for site in GPU_SITES if min(site) >= 8192)
+# Where bitsandbytes 0.50 leaves its fused product for four launches at these M.
+NARROW = tuple(site for site in GPU_SITES if site.N <= 4096)
+
+# What holds on any GPU, whatever its ceilings.
+GPU = (
+    *(
+        Mark("nf4_linear", part, "bf16", GPU_ROWS, "bitsandbytes", at_least=1.0, sites=GPU_SITES, everywhere=True)
+        for part in ("forward", "dx")
+    ),
+    *_lora_overhead("bf16"),
+)
+
+# Hardest first: the first cells of a run that may be stopped are the first marks'.
+H200 = (
+    *_gpu_linear("forward", (1,), 2.8, 1.4, LARGE),
+    *_gpu_linear("forward", (1,), 3.3, None, LARGE),
+    *_gpu_linear("forward", (8, 16, 32), 1.8, 3.0, NARROW),
+    *_gpu_linear("forward", (16,), 2.5, 1.5, LARGE),
+    *_gpu_linear("forward", (64,), 2.0, 2.0, GPU_SITES),
+    *_gpu_linear("forward", (128,), 1.3, 1.4, GPU_SITES),
+    *_gpu_linear("forward", (256,), 0.85, 1.4, GPU_SITES),
+    *_gpu_linear("forward", (2048,), 0.9, 1.05, GPU_SITES),
+    *_gpu_linear("dx", (2048,), 0.9, 1.05, GPU_SITES),
+    *_gpu_linear("forward", (8192,), 0.95, 1.05, GPU_SITES),
+    *_gpu_linear("dx", (8192,), 0.95, 1.05, GPU_SITES),
+    Mark("nf4_dequantize", "out", "bf16", (), FLOOR, at_least=0.85, sites=GPU_SITES),
+    Mark("nf4_dequantize", "out", "bf16", (), "bitsandbytes", at_least=1.4, sites=GPU_SITES),
+    Mark("lora_linear", "nf4-train", "bf16", (2048,), "peft+bitsandbytes", at_least=1.4),
+    Mark("lora_linear", "nf4-train", "bf16", (8192,), "peft+bitsandbytes", at_least=1.2),
+    *GPU,
+)
+
+MARKS: Mapping[str, tuple[Mark, ...]] = {"cpu": CPU, "gpu": GPU, "h200": H200}
 
 
-def unmeasured(results: Mapping[str, Mapping[str, Any]]) -> list[Mark]:
-    """The marks that no stored cell can be judged by."""
-    return [mark for mark in CPU_MARKS if not any(_covered(mark, results))]
-
-
-def _covered(mark: Mark, results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    content = results.get(mark.op, {})
-    for cell_id, cell in content.get("cells", {}).items():
-        on_cpu = content["runs"][cell["run"]]["timer"] == "perf_counter"
-        if on_cpu and mark.covers(mark.op, cell):
-            yield cell_id, cell
-
-
-def _judge_cell(mark: Mark, cell_id: str, cell: Mapping[str, Any]) -> Verdict:
-    if "failed" in cell:
-        return Verdict(mark, mark.op, cell_id, f"wrong result: {cell['failed']}", None)
-    peer = cell["contenders"].get(mark.versus, {"skipped": "not a contender"})
-    if "skipped" in peer:
-        return Verdict(mark, mark.op, cell_id, f"skipped: {peer['skipped']}", None)
-    ratio = peer["ratio"]
-    if mark.at_least is not None:
-        return Verdict(mark, mark.op, cell_id, f"{ratio:.3g}x", ratio / mark.at_least)
-    assert mark.at_most is not None
-    allowance = mark.plus_us / 1e3 / cell["contenders"][OWN]["ms"]["p50"]
-    return Verdict(mark, mark.op, cell_id, f"{1 / ratio:.3g}x", mark.at_most * ratio + allowance)
+def device_class(run: Mapping[str, Any]) -> str:
+    """The key of ``MARKS`` for a run's environment, as a result file holds it."""
+    if run["timer"] == "perf_counter":
+        return "cpu"
+    return "h200" if "H200" in run["device"] else "gpu"

@@ -30,7 +30,12 @@ class Plan:
 
 
 # 15 alternations on a CPU, 50 on a GPU, as a published figure needs them; quick ones show only that the benchmarks run.
-PLANS = {"cpu": Plan(), "cuda": Plan(min_rounds=50, max_rounds=100, turn_seconds=0.0)}
+PLANS = {
+    "cpu": Plan(),
+    "cuda": Plan(min_rounds=50, max_rounds=100, seconds=1.0, turn_seconds=0.0, warm_up_seconds=0.05),
+}
+# For the cells of a GPU that no mark names: as many rounds as a published figure needs, and no more.
+BRIEF = Plan(min_rounds=50, max_rounds=50, seconds=0.0, turn_seconds=0.0, warm_up_seconds=0.0)
 QUICK = Plan(min_rounds=3, max_rounds=3, seconds=0.0, turn_seconds=0.0, warm_up_seconds=0.0)
 
 
@@ -81,11 +86,12 @@ def assemble(builders: Mapping[str, Callable[[], Contender]]) -> Field:
         except Exception as error:
             if name == OWN:
                 raise
-            found.skipped[name] = _reason(error)
+            found.skipped[name] = reason(error)
     return found
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The kind and the first line of an error, for a table."""
     text = str(error).strip() or "no message"
     return textwrap.shorten(f"{type(error).__name__}: {text.splitlines()[0]}", 120, placeholder=" ...")
 
@@ -125,6 +131,7 @@ class Race:
         self._calls = {name: self._warm_up(timed, plan) for name, timed in self._timed.items()}
         self._open: list[float] = []
         self.samples: dict[str, list[float]] = {name: [] for name in contenders}
+        self.notes = {name: timed.note for name, timed in self._timed.items() if timed.note is not None}
         round_seconds = sum(self._turn(name) * self._calls[name] * timed.batch for name, timed in self._timed.items())
         self.rounds = min(plan.max_rounds, max(plan.min_rounds, int(plan.seconds / round_seconds)))
         self.own_calls = self._calls[OWN]
@@ -195,6 +202,8 @@ def report(race: Race, found: Field, floor: float) -> dict[str, Any]:
         backend = found.contenders[name].backend
         if backend is not None:
             entry["backend"] = backend
+        if name in race.notes:
+            entry["note"] = race.notes[name]
         if name != OWN:
             entry["ratio"] = digits(statistics.median(theirs / ours for theirs, ours in zip(samples, own, strict=True)))
             entry["ratio_min"] = digits(min(samples) / min(own))

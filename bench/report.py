@@ -6,20 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import marks, results
+from bench import judging, results
 from bench.results import OWN
 
 TITLE = "README.md"
 BUSY = 0.25  # load average a thread
 
 
-def draw(folder: Path) -> str:
+def draw(folder: Path, plots: bool = True) -> str:
     """Write the table and the plots beside the results in ``folder``; returns the table's text, in Markdown."""
     found = results.read_all(folder)
     text = "\n".join([*_heading(folder, found), *_figures(found), *_marks(found)])
     (folder / TITLE).write_text(text + "\n")
-    for op, content in found.items():
-        plot(op, content, folder / f"{op}.png")
+    if plots:
+        for op, content in found.items():
+            plot(op, content, folder / f"{op}.png")
     return text
 
 
@@ -30,7 +31,7 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
     for key, run in sorted(runs.items()):
         ceilings = run["ceilings"]
         yield (
-            f"- Run {key}: {run['device']}, {run['threads']} threads; "
+            f"- Run {key}: {run['device']}, {_platform(run)}; "
             f"torch {run['versions']['torch']}, bitsandbytes {run['versions']['bitsandbytes']}, "
             f"peft {run['versions']['peft']}; copy {ceilings['copy_gb_s']:g} GB/s, "
             f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']:g} TFLOP/s"
@@ -39,6 +40,14 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
         )
     yield ""
     yield "Medians in ms; in brackets how many times peftrt's time that is (median of the ratios of the rounds)."
+    if any(run["timer"] != "perf_counter" for run in runs.values()):
+        yield 'GPU: replays of a captured graph; "launched": it could not be captured, so its launches are timed too.'
+
+
+def _platform(run: Mapping[str, Any]) -> str:
+    if run["timer"] == "perf_counter":
+        return f"{run['threads']} threads"
+    return f"driver {run['driver']}, CUDA {run['cuda']}, triton {run['versions']['triton']}"
 
 
 def _busy(run: Mapping[str, Any]) -> str:
@@ -63,7 +72,7 @@ def _contenders(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _row(cell: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     if "failed" in cell:
-        return [f"wrong result: {cell['failed']}", *[""] * len(names)]
+        return [cell["failed"], *[""] * len(names)]
     contenders = cell["contenders"]
     share = f"{contenders[OWN]['share_of_floor']:.0%}"
     return [*(_figure(contenders.get(name)) for name in names), share]
@@ -76,17 +85,18 @@ def _figure(entry: Mapping[str, Any] | None) -> str:
         return f"skipped: {entry['skipped']}"
     ratio = f" ({entry['ratio']:.3g}x)" if "ratio" in entry else ""
     slow = " by the reference" if entry.get("backend") == "reference" else ""
-    return f"{entry['ms']['p50']:.4g}{ratio}{slow}"
+    launched = " launched" if "note" in entry else ""
+    return f"{entry['ms']['p50']:.4g}{ratio}{slow}{launched}"
 
 
 def _marks(found: Mapping[str, Any]) -> Iterable[str]:
-    verdicts = list(marks.judge(found))
+    verdicts = list(judging.judge(found))
     if not verdicts:
         return
-    reached = sum(verdict.margin is not None and verdict.margin >= 1 for verdict in verdicts)
+    reached = sum(verdict.reached for verdict in verdicts)
     yield from ("", f"## Marks: {reached} of {len(verdicts)} reached", "")
     rows = [[verdict.op, verdict.cell_id, str(verdict.mark), verdict.got, str(verdict)] for verdict in verdicts]
-    rows += [[mark.op, mark.where, str(mark), "", "not measured"] for mark in marks.unmeasured(found)]
+    rows += [[mark.op, mark.where, str(mark), "", "not measured"] for mark in judging.unmeasured(found)]
     yield from table(["operation", "cell", "mark", "measured", ""], rows)
 
 

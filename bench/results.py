@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,12 @@ def read(path: Path) -> dict[str, Any]:
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:
     """Every operation's results in a device's folder, by operation."""
     return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def run_key(facts: Mapping[str, Any]) -> str:
+    """A run's name in result files, from its environment: when it begins and from which commit."""
+    commit = (facts["commit"] or "unknown")[:12] + ("-dirty" if facts["dirty"] else "")
+    return f"{time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime())} {commit}"
 
 
 class Store:

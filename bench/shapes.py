@@ -16,6 +16,7 @@ class Site(NamedTuple):
 
 
 RANK = 16
+SMALLEST_SIDE = 2000  # of a weight; below it a call's fixed cost decides, and marks without sites do not count
 
 CPU_SITES = (Site(4096, 4096), Site(14336, 4096), Site(4096, 14336))
 CPU_ROWS = (1, 4, 16, 64, 512)

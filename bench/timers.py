@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,15 +15,20 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timed:
-    """What a turn runs: ``run`` does the work of ``batch`` calls."""
+    """What a turn runs: ``run`` does the work of ``batch`` calls; ``note`` says where it is not timed as the rest."""
 
     run: Call
     batch: int = 1
+    note: str | None = None
 
 
 class Timer(Protocol):
     name: str
     rotation_bytes: int  # operands are rotated over this much memory, so that no call finds its own in the cache
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Everything that belongs to a cell, its operands included, is made and timed inside."""
+        ...
 
     def prepare(self, calls: Sequence[Call]) -> Timed: ...
 
@@ -37,6 +43,9 @@ class CpuTimer:
     name = "perf_counter"
     rotation_bytes = 0
 
+    def scope(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def prepare(self, calls: Sequence[Call]) -> Timed:
         return Timed(calls[0])
 
@@ -49,37 +58,58 @@ class CpuTimer:
 class CudaTimer:
     """CUDA events around the replay of a graph that holds one call on each copy of the operands.
 
-    A call that cannot be captured is run as it is between the events; its launches then count in full.
+    A call that cannot be captured is run as it is between the events; its launches then count in full, and its note
+    says so.
     """
 
     name = "cuda graph"
+    WARM_UPS = 3
+    LEAD_READS = 2
 
     def __init__(self) -> None:
         self.rotation_bytes = 4 * torch.cuda.get_device_properties().L2_cache_size
+        self._stream = torch.cuda.Stream()
+        self._lead = torch.zeros(self.rotation_bytes, dtype=torch.uint8, device="cuda").view(torch.float32)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """The one stream that is timed and captured.
+
+        Autograd runs a backward on the stream of its forward: a graph captured on another stream would miss it.
+        """
+        outside = torch.cuda.current_stream()
+        self._stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
 
     def prepare(self, calls: Sequence[Call]) -> Timed:
-        def run() -> None:
-            for call in calls:
-                call()
+        def run() -> list[Any]:
+            # all results live at once: freed one by one, each would be written where the last one still is in the cache
+            return [call() for call in calls]
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(self.WARM_UPS):
+            run()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 run()
-        except RuntimeError:
+        except RuntimeError as error:
             torch.cuda.synchronize()
-            return Timed(run, len(calls))
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return Timed(run, len(calls), f"launched call by call, since it cannot be captured: {reason}")
         return Timed(graph.replay, len(calls))
 
     def time(self, timed: Timed) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        # On an idle device the first event would pass before the graph is submitted, and the submission be timed as
+        # work. Reads keep it busy meanwhile; unlike writes they leave nothing in the cache to be written back later.
+        for _ in range(self.LEAD_READS):
+            self._lead.sum()
         start.record()
         timed.run()
         end.record()

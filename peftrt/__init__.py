@@ -3,8 +3,9 @@
 from pathlib import Path
 
 # In a checkout the Triton kernels stand beside this package; an installed one holds them as peftrt.kernels.
-if (Path(__file__).parent.parent / "kernels" / "_nf4.py").is_file():
-    __path__.append(str(Path(__file__).parent.parent))
+# (Resolved: the package may be reached through a link that leaves the rest of the checkout off the path.)
+if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 from peftrt import nn, ops
 from peftrt.adapters import (

@@ -13,14 +13,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import random
 from collections.abc import Iterator
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 
+try:
+    import hypothesis
+except ImportError:  # tests/gpu, which run where little is installed, do not draw examples
+    hypothesis = None
+
 # "ci" draws the same bounded examples on every run, "fuzz" many fresh ones.
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
+if hypothesis is not None:
+    hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+    hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
 
 SEED = 20250801
 
@@ -33,7 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.load_profile("fuzz" if config.getoption("--fuzz") else "ci")
+    if hypothesis is not None:
+        hypothesis.settings.load_profile("fuzz" if config.getoption("--fuzz") else "ci")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; left out where there is none")
 
 

@@ -47,7 +47,7 @@ def test_a_wrong_result_takes_the_place_of_the_figure(tmp_path: Path) -> None:
     with pytest.raises(measure.WrongResultError):
         _run(tmp_path, ONE + 1)
     stored = results.read(tmp_path / "an_op.json")["cells"][CELL.id]
-    assert stored["failed"] == f"{OWN}: result 0: relative error 1, allowed 1e-06"
+    assert stored["failed"] == f"wrong result: {OWN}: result 0: relative error 1, allowed 1e-06"
     assert "contenders" not in stored
 
 

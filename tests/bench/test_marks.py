@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import marks, report
+from bench import judging, marks, report
+from bench.bench_lora_linear import cells as lora_cells
+from bench.bench_nf4_dequantize import cells as dequantize_cells
+from bench.bench_nf4_linear import cells as linear_cells
 from bench.results import OWN
 
+CPU, GPU, H200 = ("perf_counter", "d"), ("cuda graph", "NVIDIA L4"), ("cuda graph", "NVIDIA H200")
 
-def _results(op: str, cell: dict[str, Any], timer: str = "perf_counter") -> dict[str, Any]:
-    run = {"timer": timer, "device": "d", "threads": 2, "quick": False}
+
+def _results(op: str, cell: dict[str, Any], where: tuple[str, str] = CPU) -> dict[str, Any]:
+    run = {"timer": where[0], "device": where[1], "threads": 2, "quick": False}
     run |= {"versions": dict.fromkeys(("torch", "bitsandbytes", "peft"), "1")}
     run |= {"ceilings": {"copy_gb_s": 10.0, "matmul_tflop_s": 0.1, "matmul_dtype": "float32"}}
     return {op: {"op": op, "runs": {"r": run}, "cells": {"the cell": {"run": "r", "N": 4096, "K": 4096, **cell}}}}
 
 
-def _cell(part: str, M: int, own_ms: float, **ratios: float) -> dict[str, Any]:
+def _cell(part: str, M: int, own_ms: float, dtype: str = "fp32", **ratios: float) -> dict[str, Any]:
     contenders: dict[str, Any] = {OWN: {"ms": {"p50": own_ms}, "share_of_floor": 0.5}}
     contenders |= {name: {"ms": {"p50": own_ms * ratio}, "ratio": ratio} for name, ratio in ratios.items()}
-    return {"part": part, "dtype": "fp32", "M": M, "floor_ms": 0.1, "contenders": contenders}
+    return {"part": part, "dtype": dtype, "M": M, "floor_ms": 0.1, "contenders": contenders}
 
 
 def test_times_as_fast() -> None:
     cell = _cell("forward", 1, 0.65, bitsandbytes=46.2, torch=1.8)
-    against_bnb, against_torch = marks.judge(_results("nf4_linear", cell))
+    against_bnb, against_torch = judging.judge(_results("nf4_linear", cell))
     assert (against_bnb.margin, str(against_bnb), against_bnb.got) == (pytest.approx(1.1), "reached", "46.2x")
     assert (against_torch.margin, str(against_torch)) == (pytest.approx(0.5), "missed by 50 %")
 
@@ -34,49 +40,112 @@ def test_times_as_fast() -> None:
 @pytest.mark.parametrize(("own_ms", "reached"), [(1.05, True), (1.054, True), (1.056, False)])
 def test_a_share_of_the_time_and_some_microseconds(own_ms: float, reached: bool) -> None:
     cell = _cell("nf4-forward", 512, own_ms, base=1 / own_ms)
-    (verdict,) = marks.judge(_results("lora_linear", cell))
-    assert (verdict.margin is not None and verdict.margin >= 1) is reached
+    (verdict,) = judging.judge(_results("lora_linear", cell))
+    assert verdict.reached is reached
+
+
+def test_a_miss_by_a_hair_is_not_a_miss_by_nothing() -> None:
+    cell = _cell("forward", 1, 0.65, bitsandbytes=50.0, torch=3.6 * 0.9999)
+    assert str(list(judging.judge(_results("nf4_linear", cell)))[1]) == "missed by 0.1 %"
 
 
 def test_marks_from_a_size_on_hold_above_it() -> None:
     for M, count in ((256, 0), (512, 1), (2048, 1)):
-        assert len(list(marks.judge(_results("lora_linear", _cell("dense-forward", M, 1.0, base=1.0))))) == count
+        assert len(list(judging.judge(_results("lora_linear", _cell("dense-forward", M, 1.0, base=1.0))))) == count
 
 
 def test_a_skipped_peer_or_a_wrong_result_is_not_reached() -> None:
     cell = _cell("forward", 1, 0.65, torch=9.0)
     cell["contenders"]["bitsandbytes"] = {"skipped": "not here"}
-    skipped, _ = marks.judge(_results("nf4_linear", cell))
+    skipped, _ = judging.judge(_results("nf4_linear", cell))
     assert (skipped.margin, skipped.got, str(skipped)) == (None, "skipped: not here", "not measured")
     del cell["contenders"]
-    for verdict in marks.judge(_results("nf4_linear", {**cell, "failed": "relative error 1"})):
+    for verdict in judging.judge(_results("nf4_linear", {**cell, "failed": "wrong result: relative error 1"})):
         assert (verdict.margin, verdict.got) == (None, "wrong result: relative error 1")
 
 
 def test_marks_without_a_cell_are_named() -> None:
     found = _results("nf4_linear", _cell("forward", 1, 0.65, bitsandbytes=1.0, torch=1.0))
-    missing = marks.unmeasured(found)
-    assert len(missing) == len(marks.CPU_MARKS) - 2
+    missing = judging.unmeasured(found)
+    assert len(missing) == len(marks.CPU) - 2
     assert {mark.where for mark in missing if mark.op == "lora_linear"} >= {
         "nf4-forward-fp32-M512+",
         "dense-train-fp32",
     }
 
 
-def test_small_sites_and_other_devices_are_not_judged() -> None:
+def test_small_sites_are_not_judged() -> None:
     cell = _cell("forward", 1, 0.65, bitsandbytes=1.0, torch=1.0)
-    assert not list(marks.judge(_results("nf4_linear", cell, timer="cuda graph")))
-    assert not list(marks.judge(_results("nf4_linear", {**cell, "K": 1024})))
+    assert not list(judging.judge(_results("nf4_linear", {**cell, "K": 1024})))
 
 
-def test_the_report_shows_every_row(tmp_path) -> None:
+def test_a_device_has_its_own_marks() -> None:
+    cell = _cell("forward", 64, 0.01, dtype="bf16", bitsandbytes=1.5, torch=2.5)
+    assert not list(judging.judge(_results("nf4_linear", cell, CPU)))
+    (never_slower,) = judging.judge(_results("nf4_linear", cell, GPU))
+    assert (never_slower.mark.everywhere, str(never_slower)) == (True, "reached")
+    verdicts = {str(verdict.mark): str(verdict) for verdict in judging.judge(_results("nf4_linear", cell, H200))}
+    assert verdicts == {
+        ">= 2x torch": "reached",
+        ">= 2x bitsandbytes": "missed by 25 %",
+        ">= 1x bitsandbytes": "reached",
+    }
+    assert set(judging.unmeasured(_results("nf4_linear", cell, GPU))) < set(marks.GPU)
+
+
+def test_a_share_of_the_floor_is_judged_without_a_peer() -> None:
+    cell = _cell("out", 0, 0.01, dtype="bf16")
+    floor, peer = judging.judge(_results("nf4_dequantize", cell, H200))
+    assert (str(floor.mark), floor.got, floor.margin) == (">= 85% of the floor", "50%", pytest.approx(0.5 / 0.85))
+    assert (peer.got, peer.margin) == ("skipped: not a contender", None)
+
+
+def test_every_mark_speaks_of_a_cell_that_is_measured() -> None:
+    for name, device in (("cpu", "cpu"), ("gpu", "cuda"), ("h200", "cuda")):
+        cells = [cell for make in (linear_cells, dequantize_cells, lora_cells) for cell in make(device, quick=False)]
+        for mark in marks.MARKS[name]:
+            assert any(mark.covers(cell.op, cell.describe()) for cell in cells), f"{name}: {mark.op} {mark.where}"
+
+
+def test_narrow_and_large_sites_are_those_that_the_marks_mean() -> None:
+    assert [str(site) for site in marks.LARGE] == ["8192x8192"]
+    assert [str(site) for site in marks.NARROW] == ["4096x4096", "4096x14336", "1280x8192"]
+
+
+def test_the_summary_has_a_row_for_every_mark_and_shows_the_worst_cell() -> None:
+    found = _results("nf4_linear", _cell("forward", 64, 0.01, dtype="bf16", torch=2.5), H200)
+    worse = _cell("forward", 64, 0.01, dtype="bf16", torch=1.5)
+    found["nf4_linear"]["cells"]["worse"] = {"run": "r", "N": 8192, "K": 8192, **worse}
+    rows = judging.summary(marks.H200, found, "h200")
+    assert len(rows) == len(marks.H200)
+    by_mark = {(row[1], row[2]): row[3:] for row in rows}
+    assert by_mark["forward-bf16-M64", ">= 2x torch"] == ["1 of 2", "worse: 1.5x", "missed by 25 %"]
+    skipped = by_mark["forward-bf16-M64", ">= 2x bitsandbytes"]
+    assert skipped == ["0 of 2", "the cell", "not measured: skipped: not a contender"]
+    assert by_mark["dx-bf16-M2048", ">= 0.9x torch"] == ["", "", "not measured: no cell of it was run"]
+
+
+def test_the_report_of_a_gpu_names_driver_and_cuda_and_marks_what_was_launched(tmp_path: Path) -> None:
+    found = _results("nf4_linear", _cell("forward", 64, 0.01, dtype="bf16", torch=2.5, bitsandbytes=3.0), H200)
+    (run,) = found["nf4_linear"]["runs"].values()
+    run |= {"driver": "580.1", "cuda": "13.0", "versions": {**run["versions"], "triton": "3.6.0"}}
+    found["nf4_linear"]["cells"]["the cell"]["contenders"]["bitsandbytes"]["note"] = "launched call by call"
+    (tmp_path / "nf4_linear.json").write_text(json.dumps(found["nf4_linear"]))
+    text = report.draw(tmp_path, plots=False)
+    assert "NVIDIA H200, driver 580.1, CUDA 13.0, triton 3.6.0; torch 1" in text
+    assert "0.03 (3x) launched" in text
+    assert "Marks: 3 of 3 reached" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "nf4_linear.json"]
+
+
+def test_the_report_shows_every_row(tmp_path: Path) -> None:
     found = _results("nf4_linear", _cell("forward", 1, 0.65, bitsandbytes=46.2, torch=1.8))
     cells = found["nf4_linear"]["cells"]
     cells["the cell"]["contenders"]["peer"] = {"skipped": "not here"}
     cells["red"] = {"run": "r", "part": "forward", "dtype": "fp32", "N": 1, "K": 1, "M": 1, "failed": "off by one"}
     (tmp_path / "nf4_linear.json").write_text(json.dumps(found["nf4_linear"]))
     text = report.draw(tmp_path)
-    for part in ("30.03 (46.2x)", "skipped: not here", "wrong result: off by one", "1 of 2 reached", "missed by 50 %"):
+    for part in ("30.03 (46.2x)", "skipped: not here", "off by one", "1 of 2 reached", "missed by 50 %"):
         assert part in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 2

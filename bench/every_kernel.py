@@ -1,0 +1,156 @@
+"""``python -m bench.every_kernel [cuda|cpu]``: each kernel of each backend on tiny operands; for compute-sanitizer.
+
+Results are held against float64. Sizes are such that every kernel and every configuration is reached: whole blocks and
+rows that blocks straddle, nested scales and plain ones, each range of M.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import truth
+from peftrt import BackendError, NF4Weight, backend, ops
+from peftrt.ops._weight import weight_args
+
+DEFAULT = "default"  # whatever the package chooses by itself
+BACKENDS = {"cuda": ("native", "triton", DEFAULT), "cpu": ("native", DEFAULT)}
+
+
+class Weight(NamedTuple):
+    """A weight's size, block and kind of scales."""
+
+    N: int
+    K: int
+    block: int
+    nested: bool
+
+
+ALIGNED = Weight(192, 512, 64, True)
+PLAIN = Weight(96, 256, 64, False)
+STRADDLING = Weight(67, 97, 64, True)
+# bf16 in every range of M, the other dtypes in those that have code of their own
+CASES = (
+    *((ALIGNED, M, torch.bfloat16) for M in (1, 8, 40, 130, 300, 2100)),
+    *((PLAIN, M, torch.bfloat16) for M in (1, 130)),
+    *((STRADDLING, M, torch.bfloat16) for M in (3, 130)),
+    *((ALIGNED, M, torch.float16) for M in (8, 130)),
+    *((STRADDLING, M, torch.float32) for M in (3,)),
+    *((ALIGNED, M, torch.float32) for M in (8, 130)),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.every_kernel", description=__doc__)
+    parser.add_argument("device", choices=BACKENDS, nargs="?", default="cuda", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="share the cases among so many processes, for the compiler")
+    parser.add_argument("--job", type=int, metavar="I", help="run the share of process I alone")
+    options = parser.parse_args(arguments)
+    if options.job is not None or options.jobs == 1:
+        return run(options.device, options.job or 0, options.jobs)
+    command = [sys.executable, "-m", "bench.every_kernel", options.device, "--jobs", str(options.jobs), "--job"]
+    processes = [subprocess.Popen([*command, str(job)]) for job in range(options.jobs)]
+    failed = sum(process.wait() != 0 for process in processes)
+    print(f"{options.jobs} processes, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+def run(device: str, job: int = 0, jobs: int = 1) -> int:
+    """Run every ``jobs``-th case on a device; returns 1 where a result is wrong or no kernel took a call."""
+    runs = dict.fromkeys(BACKENDS[device], 0)
+    wrong = 0
+    for name, words, call in _calls(device, job, jobs):
+        print(f"{name} {words}", flush=True)
+        try:
+            with backend(None if name == DEFAULT else name):
+                error = call()
+        except BackendError as refused:
+            print("  refused: " + " / ".join(str(refused).splitlines()[1:]), flush=True)
+            continue
+        runs[name] += 1
+        if error:
+            wrong += 1
+            print(f"  wrong: {error}", flush=True)
+    print(", ".join(f"{name}: {count} calls" for name, count in runs.items()) + f"; {wrong} wrong", flush=True)
+    return 1 if wrong or not any(runs.values()) else 0
+
+
+def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """(backend, what, call); a call returns what is wrong with its result. All backends of a case are in one share."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    for size, dtype in [*itertools.product((ALIGNED, PLAIN, STRADDLING), floats)][job::jobs]:
+        for name in BACKENDS[device]:
+            yield name, f"nf4_quantize {_name(size, dtype)}", lambda s=size, d=dtype: _quantize(s, d, device)
+            yield name, f"nf4_dequantize {_name(size, dtype)}", lambda s=size, d=dtype: _dequantize(s, d, device)
+    for size, M, dtype in CASES[job::jobs]:
+        for name in BACKENDS[device]:
+            case = size, M, dtype, device
+            yield name, f"nf4_linear M={M} {_name(size, dtype)}", lambda c=case: _linear(*c)
+            yield name, f"nf4_linear_dx M={M} {_name(size, dtype)}", lambda c=case: _linear_dx(*c)
+
+
+def _name(size: Weight, dtype: torch.dtype) -> str:
+    return f"{size.N}x{size.K} {'nested' if size.nested else 'plain'} {dtype}".replace("torch.", "")
+
+
+def _normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _weight(size: Weight) -> NF4Weight:
+    """On the CPU, by the reference: what the other backends are held against."""
+    with backend("reference"):
+        return NF4Weight.quantize(_normal(size.N, size.K, dtype=torch.float32, seed=1), size.block, size.nested)
+
+
+def _decoded(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    with backend("reference"):
+        return weight.dequantize(dtype)
+
+
+def _quantize(size: Weight, dtype: torch.dtype, device: str) -> str:
+    dense = _normal(size.N, size.K, dtype=dtype, seed=1)
+    got = NF4Weight.quantize(dense.to(device), size.block, size.nested)
+    with backend("reference"):
+        expected = NF4Weight.quantize(dense, size.block, size.nested)
+    unequal = [name for name, tensor in expected.tensors().items() if not tensor.equal(getattr(got, name).cpu())]
+    return f"other bytes: {', '.join(unequal)}" if unequal else ""
+
+
+def _dequantize(size: Weight, dtype: torch.dtype, device: str) -> str:
+    weight = _weight(size)
+    moved, expected = weight.to(device), _decoded(weight, dtype)
+    out = torch.full_like(expected, torch.nan, device=device)
+    ops.nf4_dequantize(moved, out=out)
+    return "" if expected.equal(out.cpu()) and expected.equal(moved.dequantize(dtype).cpu()) else "other bits"
+
+
+def _linear(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    weight = _weight(size)
+    x, bias = _normal(M, size.K, dtype=dtype, seed=2), _normal(size.N, dtype=dtype, seed=3)
+    expected = truth.linear(x, _decoded(weight, dtype)) + bias.double()
+    return _far(ops.nf4_linear(x.to(device), weight.to(device), bias.to(device)), expected)
+
+
+def _linear_dx(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    weight = _weight(size)
+    dy = _normal(M, size.N, dtype=dtype, seed=4)
+    args: Any = weight_args("nf4_linear_dx", weight.to(device))
+    got = torch.ops.peftrt.nf4_linear_dx(dy.to(device), *args)
+    return _far(got, truth.linear_dx(dy, _decoded(weight, dtype)))
+
+
+def _far(actual: Tensor, expected: Tensor) -> str:
+    error, allowed = truth.relative_error(actual.cpu(), expected), truth.TOLERANCES[actual.dtype]
+    return "" if error <= allowed else f"relative error {error:.3g}, allowed {allowed:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
