@@ -1,8 +1,8 @@
 """A training step of a whole encoder: QLoRA with its optimizer, against peft over bitsandbytes and the frozen model.
 
-The encoder has the shape of MiniLM-L6 (Wang et al. 2020, arXiv:2002.10957) and random weights. Every linear layer is
-in NF4 and has an adapter; a step is forward, backward and AdamW over a batch of 8 x 64 tokens. The frozen encoder,
-dense in fp32, runs forward and backward down to its embeddings.
+The encoder has the shape of MiniLM-L6 and random weights. Every linear layer is in NF4 and has an adapter; a step is
+forward, backward and AdamW over a batch of 8 x 64 tokens. The frozen encoder, dense in fp32, runs forward and backward
+down to its embeddings.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from bench.harness import Runner
 from bench.measure import Contender
 from bench.peers import bitsandbytes_nf4, need, peft_lora
 from bench.results import OWN
-from bench.shapes import RANK, Site
+from bench.shapes import ENCODER, RANK, Site
 from peftrt import NF4Weight
 
 FROZEN = "frozen"
 ALPHA = 2 * RANK
-LAYERS, HIDDEN, HEADS, INTERMEDIATE = 6, 384, 12, 1536
+LAYERS, HIDDEN, HEADS, INTERMEDIATE = 6, ENCODER.K, 12, 4 * ENCODER.K
 BATCH, TOKENS = 8, 64
-# All the linear layers as one matrix: four of [HIDDEN, HIDDEN] and two of INTERMEDIATE by HIDDEN in a layer.
-ENCODER = Site(LAYERS * (4 * HIDDEN + 2 * INTERMEDIATE), HIDDEN)
 # Errors of a layer are the next one's input: about 1e-6 in what the last one gives, and in the gradients.
 TOLERANCE = 1e-4
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.shapes import GPU_ROWS, GPU_SITES, SMALLEST_SIDE, Site
+from bench.shapes import ENCODER, GPU_ROWS, GPU_SITES, SMALLEST_SIDE, Site
 
 FLOOR = "the floor"  # what the device's own ceilings allow for the cell's bytes and operations
 
@@ -88,6 +88,8 @@ CPU = (
     *_lora_overhead("fp32"),
     Mark("lora_linear", "nf4-train", "fp32", (16,), "peft+bitsandbytes", at_least=3),
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
+    Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
+    Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
 )
 
 

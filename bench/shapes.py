@@ -22,6 +22,10 @@ CPU_SITES = (Site(4096, 4096), Site(14336, 4096), Site(4096, 14336))
 CPU_ROWS = (1, 4, 16, 64, 512)
 CPU_LORA_ROWS = (1, 16, 256, 512)
 
+# An encoder of MiniLM-L6's shape (Wang et al. 2020, arXiv:2002.10957): six layers of four weights 384 x 384 and two of
+# 1536 by 384, all as one matrix.
+ENCODER = Site(6 * (4 * 384 + 2 * 1536), 384)
+
 GPU_SITES = (
     # Llama-3.1-8B: qkv, o, gate_up, down
     Site(6144, 4096),
