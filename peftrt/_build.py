@@ -333,7 +333,7 @@ def _build_target(chosen: Plan, target: str, directory: Path, force: bool) -> Pa
     units = _units(chosen, target)
     compiler = _version_of(chosen.compiler)
     if target == "cuda":
-        compiler = f"{_version_of(chosen.nvcc, -1)} and {compiler}"
+        compiler = f"{_version_of(chosen.nvcc, -2)}, and {compiler}"
     fingerprint = _fingerprint(chosen, target, units, compiler)
     stamp = read_stamp(directory, target)
     if not force and library.is_file() and stamp is not None and stamp.get("fingerprint") == fingerprint:

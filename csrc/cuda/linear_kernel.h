@@ -70,8 +70,8 @@ class LinearBlock {
   static constexpr int kUnits = kStepColumns / kUnit;
   static constexpr int kScales = kUnits * kTileRows / kLinearThreads;  // that a thread decodes for a step
   static constexpr int kInputPieces = 8 * kTiles * kInputRow / 16;
-  static constexpr int kWarpColumns = 64;                             // of a step; four warps share a step's columns
-  static constexpr int kWarpRows = 32;                                // of a tile, two instructions high
+  // Four by four warps share a step; a warp's rows are two instructions high.
+  static constexpr int kWarpRows = 32, kWarpColumns = 64;
 
   struct Cursor {
     int tile, step;
@@ -99,10 +99,9 @@ class LinearBlock {
         copy_async(to + row * kCodeRow + (piece ^ row % 8) * 16, p.codes + (there ? n * (p.k / 2) + byte : 0), there,
                    once);
       }
-#pragma unroll
-      for (int j = 0; j < (kInputPieces + kLinearThreads - 1) / kLinearThreads; ++j) {
-        const int i = thread + j * kLinearThreads, row = i / (kInputRow / 16), piece = i % (kInputRow / 16);
-        if (i >= kInputPieces) break;
+#pragma unroll 1
+      for (int i = thread; i < kInputPieces; i += kLinearThreads) {
+        const int row = i / (kInputRow / 16), piece = i % (kInputRow / 16);
         const int64_t byte = int64_t(loading.step) * kInputRow + 16 * piece;
         const bool there = row < p.m && byte < 2 * p.k;
         copy_async(to + kLayout.input + row * kInputRow + (piece ^ row % 2 * 4) * 16,
@@ -157,35 +156,27 @@ class LinearBlock {
     return *reinterpret_cast<const uint32_t*>(shared + address);
   }
 
-  // 32 rows and 64 columns of a step times all rows of x.
+  // 32 rows and 64 columns of a step times all rows of x, 32 columns at a time: one piece of each row of codes.
   PEFTRT_DEVICE void compute(int stage_index, int buffer) {
-    const int warp_row = thread / 32 % 4 * kWarpRows, warp_column = thread / 128;
+    const int warp_row = thread / 32 % 4 * kWarpRows, warp_column = thread / 128 * kWarpColumns;
     const uint8_t* codes = stage(stage_index);
     const float* scales = reinterpret_cast<const float*>(shared + kLayout.scales) + buffer * kMaxUnits * kTileRows;
-#pragma unroll
-    for (int unit = 0; unit < kWarpColumns / kUnit; ++unit) {
-      constexpr int kHalves = kUnit / 32;
-      uint32_t a[2][kHalves][2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t word[4];
-        const int row = warp_row + 16 * i + lane % 16, piece = 2 * warp_column + lane / 16;
-        load_matrices(codes + row * kCodeRow + (piece ^ row % 8) * 16, word);
-        if constexpr (kHalves == 2) {
-          expand(word[0], word[1], a[i][0]);
-          expand(word[2], word[3], a[i][1]);
-        } else {
-          expand(word[2 * unit], word[2 * unit + 1], a[i][0]);
-        }
-      }
-      const int at = (warp_column * (kWarpColumns / kUnit) + unit) * kTileRows + warp_row + lane / 4 * 4;
+    // Unrolled where registers allow two halves' levels at a time.
+#pragma unroll(kTiles <= 2 ? 2 : 1)
+    for (int half = 0; half < kWarpColumns / 32; ++half) {
+      const int column = warp_column + 32 * half, row = warp_row + lane;
+      uint32_t word[4], a[2][2][4];
+      load_matrices(codes + row * kCodeRow + (column / 32 ^ row % 8) * 16, word);
+      expand(word[0], word[1], a[0]);
+      expand(word[2], word[3], a[1]);
+      const int at = column / kUnit * kTileRows + warp_row + lane / 4 * 4;
       const Vector scale = *reinterpret_cast<const Vector*>(scales + at);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) multiply_tile<kHalves>(codes + kLayout.input, tile, unit, a, scale);
+      for (int tile = 0; tile < kTiles; ++tile) multiply_tile(codes + kLayout.input, tile, column, a, scale);
     }
   }
 
-  // Rows g and g + 8 of 32 columns: two instructions' operands.
+  // Two rows of 32 columns: two instructions' operands.
   PEFTRT_DEVICE void expand(uint32_t upper, uint32_t lower, uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -196,26 +187,18 @@ class LinearBlock {
     }
   }
 
-  template <int kHalves>
-  PEFTRT_DEVICE void multiply_tile(const uint8_t* input, int tile, int unit, const uint32_t (&a)[2][kHalves][2][4],
+  PEFTRT_DEVICE void multiply_tile(const uint8_t* input, int tile, int column, const uint32_t (&a)[2][2][4],
                                    const Vector& scale) {
-    const int row = 8 * tile + lane / 4;
-    float sum[2][4] = {};
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const int piece = thread / 128 * 8 + (unit * kHalves + half) * 4 + lane % 4;
-      const Vector x = *reinterpret_cast<const Vector*>(input + row * kInputRow + (piece ^ row % 2 * 4) * 16);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        multiply_matrices<T>(sum[0], a[0][half][i], x.word[2 * i], x.word[2 * i + 1]);
-        multiply_matrices<T>(sum[1], a[1][half][i], x.word[2 * i], x.word[2 * i + 1]);
-      }
-    }
+    const int row = 8 * tile + lane / 4, piece = column / 8 + lane % 4;
+    const Vector x = *reinterpret_cast<const Vector*>(input + row * kInputRow + (piece ^ row % 2 * 4) * 16);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      float sum[4] = {};
+      multiply_matrices<T>(sum, a[i][0], x.word[0], x.word[1]);
+      multiply_matrices<T>(sum, a[i][1], x.word[2], x.word[3]);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        total[i][tile][j] = fused_multiply_add(sum[i][j], bits_float(scale.word[2 * i + j / 2]), total[i][tile][j]);
+        total[i][tile][j] = fused_multiply_add(sum[j], bits_float(scale.word[2 * i + j / 2]), total[i][tile][j]);
     }
   }
 

@@ -52,7 +52,8 @@ const char* run_tiles(const Product& product, int arch, void* stream) {
   if (product.m <= 8) return run_instance<T, 1, kUnit>(product, arch, stream);
   if (product.m <= 16) return run_instance<T, 2, kUnit>(product, arch, stream);
   if (product.m <= 32) return run_instance<T, 4, kUnit>(product, arch, stream);
-  return run_instance<T, 8, kUnit>(product, arch, stream);
+  // With 64 sums a lane, the other instance spills registers; scales are nothing beside its products.
+  return run_instance<T, 8, 32>(product, arch, stream);
 }
 
 Product product_of(const Linear& linear, int multiprocessors, uint64_t ticket, void* workspace) {
