@@ -37,6 +37,20 @@ PEFTRT_DEVICE uint8_t* shared_memory() {
   return peftrt_shared;
 }
 
+// A part of it whose address the compiler knows, so that a word's address is its offset and nothing is added to it. The
+// block's own memory starts at address 0, or at 1024 behind what sm_90 keeps for itself.
+constexpr int kFixedAddress = 1024;
+PEFTRT_DEVICE int fixed_offset() {
+  const int offset = kFixedAddress - int(__cvta_generic_to_shared(shared_memory()));
+  if (offset < 0) __trap();
+  return offset;
+}
+PEFTRT_DEVICE uint32_t load_fixed(uint32_t offset) {
+  uint32_t word;
+  asm("ld.shared.b32 %0, [%1 + 1024];" : "=r"(word) : "r"(offset));
+  return word;
+}
+
 // ---- waiting and ordering ----
 
 PEFTRT_DEVICE void sync_block() { __syncthreads(); }

@@ -55,7 +55,7 @@ class LinearBlock {
       load_stage();
       const Cursor next = after(computing);
       if (i + 1 < end) load_scales(next);
-      compute((i - begin) % kStages, i % 2);
+      compute(i % 2);
       if (next.step == 0 || i + 1 == end) {
         finish(computing.tile, part_begin == 0 && next.step == 0);
         part_begin = 0;
@@ -81,6 +81,7 @@ class LinearBlock {
     return c.step + 1 < p.schedule.steps ? Cursor{c.tile, c.step + 1} : Cursor{c.tile + 1, 0};
   }
 
+  static PEFTRT_DEVICE int following(int stage) { return stage + 1 < kStages ? stage + 1 : 0; }
   PEFTRT_DEVICE uint8_t* stage(int i) const { return shared + kLayout.codes + i * kLayout.stage; }
   PEFTRT_DEVICE float* sums() const { return reinterpret_cast<float*>(shared + kLayout.sums); }
   PEFTRT_DEVICE float* dynamic() const { return reinterpret_cast<float*>(shared + kLayout.dynamic); }
@@ -108,7 +109,7 @@ class LinearBlock {
                    p.x + (there ? row * 2 * p.k + byte : 0), there);
       }
       loading = after(loading);
-      loading_stage = loading_stage + 1 < kStages ? loading_stage + 1 : 0;
+      loading_stage = following(loading_stage);
     }
     commit_copies();
   }
@@ -136,30 +137,28 @@ class LinearBlock {
 
   PEFTRT_DEVICE void fill_tables() {
     offset = load_offset(p.scales);
+    uint8_t* table = shared + fixed_offset();
     if (thread < 256) dynamic()[thread] = kDeviceDynamic.value[thread];
 #pragma unroll
     for (int j = 0; j < 256 * 8 / kLinearThreads; ++j) {
       const int i = thread + j * kLinearThreads, byte = i / 8;
       const uint32_t pair = pack<T>(kDeviceNf4.value[byte / 16], kDeviceNf4.value[byte % 16]);
-      *reinterpret_cast<Vector*>(shared + byte * kLayout.table_stride + i % 8 * 16) = {{pair, pair, pair, pair}};
+      *reinterpret_cast<Vector*>(table + byte * kLayout.table_stride + i % 8 * 16) = {{pair, pair, pair, pair}};
     }
   }
 
-  // The levels of byte i of a word of codes.
+  // The levels of byte i of a word of codes, at byte * stride + 4 * lane.
   PEFTRT_DEVICE uint32_t look_up(uint32_t codes, int i) const {
-    uint32_t address;  // byte * stride + 4 * lane
-    if constexpr (kLayout.table_stride == 256) {
-      address = permute_bytes(codes, uint32_t(4 * lane), 0x5504u | uint32_t(i) << 4);
-    } else {
-      address = permute_bytes(codes, uint32_t(8 * lane), 0x5504u | uint32_t(i) << 4) >> 1;
-    }
-    return *reinterpret_cast<const uint32_t*>(shared + address);
+    const uint32_t selector = 0x5504u | uint32_t(i) << 4;
+    if constexpr (kLayout.table_stride == 256) return load_fixed(permute_bytes(codes, uint32_t(4 * lane), selector));
+    return load_fixed(permute_bytes(codes, uint32_t(8 * lane), selector) >> 1);
   }
 
   // 32 rows and 64 columns of a step times all rows of x, 32 columns at a time: one piece of each row of codes.
-  PEFTRT_DEVICE void compute(int stage_index, int buffer) {
+  PEFTRT_DEVICE void compute(int buffer) {
     const int warp_row = thread / 32 % 4 * kWarpRows, warp_column = thread / 128 * kWarpColumns;
-    const uint8_t* codes = stage(stage_index);
+    const uint8_t* codes = stage(computing_stage);
+    computing_stage = following(computing_stage);
     const float* scales = reinterpret_cast<const float*>(shared + kLayout.scales) + buffer * kMaxUnits * kTileRows;
     // Unrolled where registers allow two halves' levels at a time.
 #pragma unroll(kTiles <= 2 ? 2 : 1)
@@ -296,7 +295,7 @@ class LinearBlock {
   float offset = 0.0f;
   int end;
   Cursor loading, computing;
-  int loading_stage = 0;
+  int loading_stage = 0, computing_stage = 0;
   StoredScale stored[kScales];
   float total[2][kTiles][4] = {};
 };

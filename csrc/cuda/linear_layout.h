@@ -25,7 +25,7 @@ constexpr int shared_limit(int arch) {
   return arch >= 90 && arch < 120 ? 227 * 1024 : arch == 80 || arch == 87 ? 163 * 1024 : 99 * 1024;
 }
 
-// In bytes. `stages` steps are in shared memory at a time; below 2 the product does not fit the architecture.
+// In bytes, behind the table, which is at its fixed address. `stages` steps are in shared memory at a time; below 2 the product does not fit the architecture.
 struct LinearLayout {
   int table_stride;  // of one byte's pair of levels, which 32 lanes have a copy of
   int dynamic, flag, sums, scales, codes;
@@ -37,7 +37,7 @@ constexpr LinearLayout linear_layout(int arch, int tiles) {
   const int limit = shared_limit(arch);
   // A stride of 256 bytes makes an address of a byte of codes in one instruction, and wastes half of the table.
   layout.table_stride = limit > 128 * 1024 ? 256 : 128;
-  layout.dynamic = 256 * layout.table_stride;
+  layout.dynamic = kFixedAddress + 256 * layout.table_stride;
   layout.flag = layout.dynamic + 256 * 4;
   layout.sums = layout.flag + 128;
   layout.scales = layout.sums + 8 * tiles * kSumPitch * 4;

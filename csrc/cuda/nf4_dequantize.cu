@@ -58,6 +58,7 @@ PEFTRT_DEVICE Vector scaled<float>(const Shared& shared, uint32_t codes, float s
 // One by one: a last group that is not whole, or pointers that are not aligned.
 template <class T>
 PEFTRT_DEVICE void dequantize_slowly(const Shared& shared, const Problem& p, int64_t start, float scale, T* out) {
+#pragma unroll 1
   for (int64_t i = start; i < start + kGroup<T> && i < p.numel; ++i) {
     const float value = multiply(shared.level[nibble(p.codes, i)], scale);
     if constexpr (sizeof(T) == 4) {

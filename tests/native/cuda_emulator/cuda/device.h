@@ -62,6 +62,15 @@ inline int64_t block_count() { return emulator::place().blocks; }
 constexpr int kArchitecture = PEFTRT_EMULATED_ARCHITECTURE;
 inline uint8_t* shared_memory() { return emulator::shared_memory(); }
 
+// As before sm_90, so that what lies behind it is moved.
+constexpr int kFixedAddress = 1024;
+inline int fixed_offset() { return 1024; }
+inline uint32_t load_fixed(uint32_t offset) {
+  uint32_t word;
+  std::memcpy(&word, shared_memory() + fixed_offset() + offset, 4);
+  return word;
+}
+
 inline void sync_block() { emulator::sync_block(); }
 inline void fence_device() {}
 inline uint64_t compare_and_swap(uint64_t* word, uint64_t expected, uint64_t desired) {
