@@ -2,8 +2,12 @@
 //
 // A byte of codes is two weights of one row. Their levels, as a pair of 16-bit floats, are one look-up in a table of 256
 // pairs in shared memory that every lane has its own bank of. Levels go into the tensor cores as they are; a block's
-// scale multiplies the fp32 sums of its columns afterwards. So a weight is rounded once, as in a weight that was
-// decoded to 16 bits first, and the scale costs one operation for every 64 columns of 2 x 8 sums.
+// scale multiplies the fp32 sums of 32 columns afterwards. So a weight is rounded once, as one that was decoded to 16
+// bits first.
+//
+// Instructions for 64 weights of a lane and 8 rows of x (nvcc 13.0 for sm_90a, 2026-11-21): 108, of which 32 look-ups, 32
+// addresses for them and 8 products: 1.7 a weight. Loads, scales and waiting come to that once a step. Spills: none in any
+// instance. Not measured on a device.
 //
 // Of the 16 columns that an instruction sums, which is which is free, as long as x agrees: what ldmatrix hands a lane of
 // a row of codes, 4 bytes of 16, are 8 neighbouring columns, and 16 bytes of x are the same columns.
