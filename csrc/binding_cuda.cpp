@@ -1,9 +1,9 @@
-// The CUDA functions as torch sees them, in namespace peftrt_cuda, with the schemas of peftrt_cpu: checks, pointers, and
-// nothing else.
+// The CUDA functions as torch sees them, in namespace peftrt_cuda, with the schemas of peftrt_cpu: checks, pointers,
+// and nothing else.
 //
-// Built on torch's stable ABI. Every launch is on the current stream of its tensors' device; nothing waits, memory comes
-// from torch, and so all of it can be captured in a graph. Python checks its arguments with better words; what stands
-// here keeps a bad call from reading or writing out of bounds.
+// Built on torch's stable ABI. Every launch is on the current stream of its tensors' device; nothing waits, memory
+// comes from torch, and so all of it can be captured in a graph. Python checks its arguments with better words; what
+// stands here keeps a bad call from reading or writing out of bounds.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -53,7 +53,7 @@ Dtype dtype_of(const Tensor& tensor, const char* op, const char* argument) {
 // Of a call: the device of its first tensor, which becomes the current one, and what is to lie on it.
 class Call {
  public:
-  Call(const char* op, const Tensor& first) : op_(op), device_(first.get_device_index()), guard_(device_) {
+  Call(const char* op, const Tensor& first) : op_(op), device_(device_of(op, first)), guard_(device_) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
   }
 
@@ -79,8 +79,8 @@ class Call {
   // uint8 of `count` elements.
   Tensor bytes(const Tensor& tensor, int64_t count, const char* argument, size_t alignment = 1) const {
     check(tensor.scalar_type() == ScalarType::Byte, op_, argument, "uint8");
-    STD_TORCH_CHECK(tensor.numel() == count, "peftrt_cuda::", op_, ": ", argument, " must have ", count,
-                    " bytes, got ", tensor.numel());
+    STD_TORCH_CHECK(tensor.numel() == count, "peftrt_cuda::", op_, ": ", argument, " must have ", count, " bytes, got ",
+                    tensor.numel());
     return dense(tensor, argument, alignment);
   }
   uint8_t* bytes_out(const Tensor& tensor, int64_t count, const char* argument, size_t alignment = 1) const {
@@ -91,6 +91,11 @@ class Call {
   }
 
  private:
+  static int32_t device_of(const char* op, const Tensor& first) {
+    STD_TORCH_CHECK(first.is_cuda(), "peftrt_cuda::", op, ": every tensor must be on one CUDA device");
+    return first.get_device_index();
+  }
+
   const char* op_;
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
@@ -111,8 +116,9 @@ struct Weight {
   const uint8_t* codes;
   Scales scales;
 };
-Weight weight_of(const Call& call, const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
-                 const std::optional<Tensor>& nested_offset, int64_t block_size, int64_t numel) {
+Weight weight_of(const Call& call, const Tensor& codes, const Tensor& absmax,
+                 const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset,
+                 int64_t block_size, int64_t numel) {
   const int shift = shift_of(block_size, call.op());
   check(nested_absmax.has_value() == nested_offset.has_value(), call.op(), "nested_offset",
         "given exactly when nested_absmax is");

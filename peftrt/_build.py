@@ -262,13 +262,10 @@ def _units(chosen: Plan, target: str) -> list[_Unit]:
         return [_Unit(binding, binding.stem, flags), *kernel_units(chosen.csrc)]
     # USE_CUDA: torch's header declares what it has for CUDA only then.
     flags += ("-DUSE_CUDA", f'-DPEFTRT_CUDA_ARCHS="{" ".join(chosen.archs)}"')
-    code = tuple(f"-gencode=arch=compute_{number},code=sm_{number}" for number in _numbers(chosen.archs))
+    numbers = [arch.replace(".", "") for arch in chosen.archs]
+    code = tuple(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers)
     kernels = sorted((chosen.csrc / "cuda").glob("*.cu"))
     return [_Unit(binding, binding.stem, flags), *(_Unit(source, source.stem, code) for source in kernels)]
-
-
-def _numbers(archs: tuple[str, ...]) -> list[str]:
-    return [arch.replace(".", "") for arch in archs]
 
 
 def _version_of(compiler: tuple[str, ...], line: int = 0) -> str:
@@ -312,18 +309,14 @@ def build(chosen: Plan, directory: Path | None = None, force: bool = False) -> l
         BuildError: the compiler failed; the message has its command and its output.
     """
     directory = directory or default_directory()
-    libraries, errors = [], []
-    for target in chosen.targets:
+    libraries: list[Path] = []
+    for target in reversed(chosen.targets):
         try:
-            libraries.append(_build_target(chosen, target, directory, force))
+            libraries.insert(0, _build_target(chosen, target, directory, force))
         except BuildError as error:
-            if chosen.demanded:
+            if chosen.demanded or (target == "cpu" and not libraries):
                 raise
-            errors.append(error)
-    if errors and not libraries:
-        raise errors[0]
-    for error in errors:
-        print(f"peftrt: one library is left out: {error}", file=sys.stderr)
+            print(f"peftrt: {library_name(target)} is left out: {error}", file=sys.stderr)
     return libraries
 
 
@@ -347,11 +340,16 @@ def _build_target(chosen: Plan, target: str, directory: Path, force: bool) -> Pa
                 pass
         built = Path(scratch) / library.name
         objects = [str(Path(scratch) / f"{unit.name}.o") for unit in units]
-        _call([*_linker(chosen, target), "-shared", "-o", str(built), *objects, *_libraries(chosen, target)])
+        # nvcc knows where its own runtime lies, which is linked into the library.
+        linker = chosen.compiler if target == "cpu" else (*_nvcc(chosen), "-cudart=static")
+        _call([*linker, "-shared", "-o", str(built), *objects, *_libraries(chosen, target)])
         os.replace(built, library)
     record: dict[str, object] = {"fingerprint": fingerprint, "torch": chosen.torch.version, "compiler": compiler}
     if target == "cpu":
-        record |= {"flags": " ".join(COMMON_FLAGS), "isa": {isa: " ".join(flags) for isa, flags in _isa_table().items()}}
+        record |= {
+            "flags": " ".join(COMMON_FLAGS),
+            "isa": {isa: " ".join(flags) for isa, flags in _isa_table().items()},
+        }
     else:
         record |= {"flags": " ".join(CUDA_FLAGS), "archs": list(chosen.archs)}
     temporary = directory / f".{library.name}.json.{os.getpid()}"
@@ -365,17 +363,14 @@ def _compile_command(chosen: Plan, unit: _Unit, scratch: Path) -> list[str]:
     files = [f"-I{chosen.csrc}", "-c", str(unit.source), "-o", str(scratch / f"{unit.name}.o")]
     if unit.source.suffix == ".cu":
         # The architectures in parallel too: there are more of them than files.
-        return [*chosen.nvcc, f"-ccbin={chosen.compiler[0]}", *CUDA_FLAGS, "--threads=0", *unit.flags, *files]
+        return [*_nvcc(chosen), *CUDA_FLAGS, "--threads=0", *unit.flags, *files]
     # Torch's headers are system headers: their warnings are not ours. Only the bindings see them.
     includes = ["-isystem", str(chosen.torch.root / "include")] if unit.name.startswith("binding_") else []
     return [*chosen.compiler, *COMMON_FLAGS, *WARNING_FLAGS, *unit.flags, *includes, *files]
 
 
-def _linker(chosen: Plan, target: str) -> list[str]:
-    # nvcc knows where its own runtime lies, which is linked into the library.
-    if target == "cuda":
-        return [*chosen.nvcc, f"-ccbin={chosen.compiler[0]}", "-cudart=static"]
-    return list(chosen.compiler)
+def _nvcc(chosen: Plan) -> tuple[str, ...]:
+    return (*chosen.nvcc, f"-ccbin={chosen.compiler[0]}")
 
 
 def _libraries(chosen: Plan, target: str) -> list[str]:

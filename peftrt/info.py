@@ -29,7 +29,7 @@ def show(as_json: bool = False) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, the native libraries, the devices; for every operation, device and dtype the backend and the reasons."""
+    """Versions, native libraries, devices; for every operation, device and dtype the backend and the reasons."""
     return {
         "peftrt": peftrt.__version__,
         "python": platform.python_version(),

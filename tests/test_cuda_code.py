@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda for sm_90a: it compiles, links, spills nothing, and has the instructions that it is meant to.
+"""What nvcc makes of csrc/cuda for sm_90a: it compiles, links, spills nothing, has the instructions that it is to have.
 
 Where there is no nvcc all of it is left out. Nothing here needs a device.
 """

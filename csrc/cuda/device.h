@@ -82,23 +82,17 @@ PEFTRT_DEVICE Policy read_once() {
 
 PEFTRT_DEVICE uint32_t load_word(const void* from, Policy policy) {
   uint32_t value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;"
-               : "=r"(value)
-               : "l"(from), "l"(policy));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(value) : "l"(from), "l"(policy));
   return value;
 }
 PEFTRT_DEVICE uint32_t load_half_word(const void* from, Policy policy) {
   uint16_t value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b16 %0, [%1], %2;"
-               : "=h"(value)
-               : "l"(from), "l"(policy));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b16 %0, [%1], %2;" : "=h"(value) : "l"(from), "l"(policy));
   return value;
 }
 // What another block has written: past the L1, which may hold older bytes.
 PEFTRT_DEVICE float load_of_blocks(const float* from) { return __ldcg(from); }
-PEFTRT_DEVICE uint64_t load_of_blocks(const uint64_t* from) {
-  return *const_cast<const volatile uint64_t*>(from);
-}
+PEFTRT_DEVICE uint64_t load_of_blocks(const uint64_t* from) { return *const_cast<const volatile uint64_t*>(from); }
 // Memory that nobody on this device reads soon.
 PEFTRT_DEVICE void store_streaming(Vector* to, Vector value) {
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));

@@ -28,8 +28,8 @@ const char* nf4_dequantize(const uint8_t* codes, const Scales& scales, int64_t n
 const char* nf4_quantize(Dtype dtype, const void* weight, int64_t numel, int shift, uint8_t* codes, float* absmax,
                          void* stream);
 
-// Nested statistics: `blocks` magnitudes -> 8-bit codes of their differences from *offset, and the largest difference in
-// every 256.
+// Nested statistics: `blocks` magnitudes -> 8-bit codes of their differences from *offset, and the largest difference
+// in every 256.
 const char* nf4_quantize_scales(const float* absmax, int64_t blocks, const float* offset, uint8_t* codes,
                                 float* nested_absmax, void* stream);
 

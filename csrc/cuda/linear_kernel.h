@@ -1,16 +1,16 @@
 // y = x W^T + b for up to 64 rows of x, on tensor cores: m16n8k16 with the weight as the 16 rows.
 //
-// A byte of codes is two weights of one row. Their levels, as a pair of 16-bit floats, are one look-up in a table of 256
-// pairs in shared memory that every lane has its own bank of. Levels go into the tensor cores as they are; a block's
-// scale multiplies the fp32 sums of 32 columns afterwards. So a weight is rounded once, as one that was decoded to 16
-// bits first.
+// A byte of codes is two weights of one row. Their levels, as a pair of 16-bit floats, are one look-up in a table of
+// 256 pairs in shared memory that every lane has its own bank of. Levels go into the tensor cores as they are; a
+// block's scale multiplies the fp32 sums of 32 columns afterwards. So a weight is rounded once, as one that was decoded
+// to 16 bits first.
 //
-// Instructions for 64 weights of a lane and 8 rows of x (nvcc 13.0 for sm_90a, 2026-11-21): 108, of which 32 look-ups, 32
-// addresses for them and 8 products: 1.7 a weight. Loads, scales and waiting come to that once a step. Spills: none in any
-// instance. Not measured on a device.
+// Instructions for 64 weights of a lane and 8 rows of x (nvcc 13.0 for sm_90a, 2026-11-21): 108, of which 32 look-ups,
+// 32 addresses for them and 8 products: 1.7 a weight. Loads, scales and waiting come to that once a step. Spills: none
+// in any instance. Not measured on a device.
 //
-// Of the 16 columns that an instruction sums, which is which is free, as long as x agrees: what ldmatrix hands a lane of
-// a row of codes, 4 bytes of 16, are 8 neighbouring columns, and 16 bytes of x are the same columns.
+// Of the 16 columns that an instruction sums, which is which is free, as long as x agrees: what ldmatrix hands a lane
+// of a row of codes, 4 bytes of 16, are 8 neighbouring columns, and 16 bytes of x are the same columns.
 #pragma once
 
 #include "cuda/decode.h"
@@ -37,7 +37,12 @@ template <class T, int kTiles, int kUnit>
 class LinearBlock {
  public:
   PEFTRT_DEVICE explicit LinearBlock(const Product& product)
-      : p(product), shared(shared_memory()), thread(thread_index()), lane(thread % 32), block(int(block_index())), once(read_once()) {
+      : p(product),
+        shared(shared_memory()),
+        thread(thread_index()),
+        lane(thread % 32),
+        block(int(block_index())),
+        once(read_once()) {
     end = p.schedule.start(block + 1);
     loading = at(p.schedule.start(block));
     computing = loading;
@@ -70,7 +75,7 @@ class LinearBlock {
 
  private:
   static constexpr LinearLayout kLayout = linear_layout(kArchitecture, kTiles);
-  static constexpr int kStages = kLayout.stages < 2 ? 2 : kLayout.stages;
+  static constexpr int kStages = kLayout.stages;
   static constexpr int kUnits = kStepColumns / kUnit;
   static constexpr int kScales = kUnits * kTileRows / kLinearThreads;  // that a thread decodes for a step
   static constexpr int kInputPieces = 8 * kTiles * kInputRow / 16;
@@ -90,9 +95,9 @@ class LinearBlock {
   PEFTRT_DEVICE float* sums() const { return reinterpret_cast<float*>(shared + kLayout.sums); }
   PEFTRT_DEVICE float* dynamic() const { return reinterpret_cast<float*>(shared + kLayout.dynamic); }
 
-  // Asks for the next step's codes and columns of x; a group is committed even where there is none, so that groups count
-  // steps. Pieces of 16 bytes lie so that ldmatrix (eight rows of codes) and 16-byte loads (two rows of x) find every
-  // bank once. Columns past K become zeros in x, whatever the codes: they add nothing.
+  // Asks for the next step's codes and columns of x; a group is committed even where there is none, so that groups
+  // count steps. Pieces of 16 bytes lie so that ldmatrix (eight rows of codes) and 16-byte loads (two rows of x) find
+  // every bank once. Columns past K become zeros in x, whatever the codes: they add nothing.
   PEFTRT_DEVICE void load_stage() {
     if (loading.tile * p.schedule.steps + loading.step < end) {
       uint8_t* to = stage(loading_stage);
@@ -123,7 +128,8 @@ class LinearBlock {
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       const int at = thread + i * kLinearThreads;
-      const int64_t n = int64_t(c.tile) * kTileRows + at / kUnits, k = int64_t(c.step) * kStepColumns + at % kUnits * kUnit;
+      const int64_t n = int64_t(c.tile) * kTileRows + at / kUnits,
+                    k = int64_t(c.step) * kStepColumns + at % kUnits * kUnit;
       stored[i] = n < p.n && k < p.k ? load_scale(p.scales, (n * p.k + k) >> p.scales.shift) : StoredScale{0, 0.0f};
     }
   }
@@ -306,7 +312,8 @@ class LinearBlock {
 
 template <class T, int kTiles, int kUnit>
 PEFTRT_KERNEL void PEFTRT_BOUNDS(kLinearThreads, 1) linear_kernel(Product product) {
-  LinearBlock<T, kTiles, kUnit>(product).run();
+  // What does not fit an architecture is not launched there, and need not be compiled.
+  if constexpr (linear_layout(kArchitecture, kTiles).stages >= 2) LinearBlock<T, kTiles, kUnit>(product).run();
 }
 
 }  // namespace peftrt::cuda

@@ -1,9 +1,9 @@
 // How a product is cut up, and what lies where in shared memory: known to the kernel and to its launcher alike.
 //
-// The weight is cut into tiles of 128 rows, a tile into steps of 256 columns. The steps of all tiles, in order, are dealt
-// out to one block a multiprocessor in runs as even as they can be, so that a block takes the end of one tile, whole
-// tiles, and the start of another. Neither M nor what else runs has a say in it: a row of y is summed in an order that
-// N, K and the device alone decide.
+// The weight is cut into tiles of 128 rows, a tile into steps of 256 columns. The steps of all tiles, in order, are
+// dealt out to one block a multiprocessor in runs as even as they can be, so that a block takes the end of one tile,
+// whole tiles, and the start of another. Neither M nor what else runs has a say in it: a row of y is summed in an order
+// that N, K and the device alone decide.
 #pragma once
 
 #include <cstdint>
@@ -14,18 +14,19 @@ namespace peftrt::cuda {
 
 constexpr int kLinearThreads = 512;
 constexpr int kTileRows = 128, kStepColumns = 256;
-constexpr int kCodeRow = kStepColumns / 2;     // bytes that a step has of a row of codes
-constexpr int kInputRow = 2 * kStepColumns;    // and of a row of x
-constexpr int kSumPitch = kTileRows + 4;       // a warp's sums fall into 32 banks
-constexpr int kMaxUnits = kStepColumns / 32;   // scales that a step has of a row, at most
-constexpr int kMaxTiles = 8;                   // of 8 rows of x
+constexpr int kCodeRow = kStepColumns / 2;    // bytes that a step has of a row of codes
+constexpr int kInputRow = 2 * kStepColumns;   // and of a row of x
+constexpr int kSumPitch = kTileRows + 4;      // a warp's sums fall into 32 banks
+constexpr int kMaxUnits = kStepColumns / 32;  // scales that a step has of a row, at most
+constexpr int kMaxTiles = 8;                  // of 8 rows of x
 
 // What a block may have of an architecture's shared memory.
 constexpr int shared_limit(int arch) {
   return arch >= 90 && arch < 120 ? 227 * 1024 : arch == 80 || arch == 87 ? 163 * 1024 : 99 * 1024;
 }
 
-// In bytes, behind the table, which is at its fixed address. `stages` steps are in shared memory at a time; below 2 the product does not fit the architecture.
+// In bytes, behind the table, which is at its fixed address. `stages` steps are in shared memory at a time; below 2 the
+// product does not fit the architecture.
 struct LinearLayout {
   int table_stride;  // of one byte's pair of levels, which 32 lanes have a copy of
   int dynamic, flag, sums, scales, codes;
@@ -76,8 +77,8 @@ struct Schedule {
   }
 };
 
-// The workspace: a word a tile that counts the blocks that are done with their part of it, then the parts, at most two a
-// block: of the tile it starts in, and of the one it ends in.
+// The workspace: a word a tile that counts the blocks that are done with their part of it, then the parts, at most two
+// a block: of the tile it starts in, and of the one it ends in.
 PEFTRT_BOTH int64_t ticket_bytes(int64_t n) { return ((n + kTileRows - 1) / kTileRows + 1) / 2 * 16; }
 PEFTRT_BOTH int part_slot(const Schedule& schedule, int block, int tile) {
   return 2 * block + (schedule.start(block) < tile * schedule.steps);

@@ -1,9 +1,9 @@
 // out[i] = round(kNf4[code[i]] * scale[i / G]) over the flat tensor: one rounding, bitsandbytes' bits, one launch.
 //
 // Bound by memory. A weight is 0.516 bytes read (nested scales) and 2 written in 16 bits: at 4.8 TB/s, 132
-// multiprocessors of 1.755 GHz move 20.7 bytes a clock each, 8.2 weights. They issue 128 lanes a clock, 15.6 for a weight:
-// the loop has 9.8 instructions a weight (nvcc 13.0 for sm_90a, 2026-11-21), for fp32 15.4 of 28. Not measured on a
-// device.
+// multiprocessors of 1.755 GHz move 20.7 bytes a clock each, 8.2 weights. They issue 128 lanes a clock, 15.6 for a
+// weight: the loop has 9.8 instructions a weight (nvcc 13.0 for sm_90a, 2026-11-21), for fp32 15.4 of 28. Not measured
+// on a device.
 //
 // A lane writes 16 bytes at a time and so reads 4 (2 for fp32): a warp's stores fill whole lines, where 16 bytes of
 // codes a lane would scatter four stores over 2 KB or cost a shuffle a word. What is in flight comes from kUnroll
@@ -91,8 +91,7 @@ PEFTRT_DEVICE void dequantize_groups(const Shared& shared, const Problem& p, flo
     for (int j = 0; j < kUnroll; ++j) {
       const float scale = decode_scale(p.scales, stored[j], offset, shared.dynamic);
       const Vector vector = scaled<T>(shared, codes[j], scale);
-      if (first + j * kThreads < groups)
-        store_streaming(reinterpret_cast<Vector*>(out) + first + j * kThreads, vector);
+      if (first + j * kThreads < groups) store_streaming(reinterpret_cast<Vector*>(out) + first + j * kThreads, vector);
     }
   }
 }

@@ -15,7 +15,8 @@ constexpr int kWarpWeights = 32 * kLaneWeights;
 constexpr float kSmallestScale = 0x1p-126f;  // its reciprocal is finite, so that zeros stay zeros
 constexpr uint32_t kInfinity = 0x7f800000u, kNan = 0x7fc00000u;
 
-// A tie goes to the lower level: thresholds are the midpoints, and a level is the number of those that a value is above.
+// A tie goes to the lower level: thresholds are the midpoints, and a level is the number of those that a value is
+// above.
 template <int kLevels>
 struct Thresholds {
   float value[kLevels];  // the last is no threshold
@@ -38,8 +39,7 @@ template <int kLevels>
 PEFTRT_DEVICE uint32_t level_of(float value, const float* thresholds) {
   uint32_t level = 0;
 #pragma unroll
-  for (uint32_t half = kLevels / 2; half > 0; half /= 2)
-    level += thresholds[level + half - 1] >= value ? 0 : half;
+  for (uint32_t half = kLevels / 2; half > 0; half /= 2) level += thresholds[level + half - 1] >= value ? 0 : half;
   return level;
 }
 

@@ -1,4 +1,4 @@
-"""Finds and loads the libraries of peftrt/_C, whose functions are then ``torch.ops.peftrt_cpu.*`` and ``peftrt_cuda``."""
+"""Finds and loads the libraries in peftrt/_C: their functions are ``torch.ops.peftrt_cpu.*`` and ``peftrt_cuda.*``."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     ``a`` is for that capability alone; ``f`` is for its family, which is taken to be the major version.
     """
     major, minor = (int(part) for part in arch.rstrip("af").split("."))
-    return (major, minor) == capability or (not arch.endswith("a") and major == capability[0] and minor <= capability[1])
+    return (major, minor) == capability or (
+        not arch.endswith("a") and major == capability[0] and minor <= capability[1]
+    )
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,5 @@
-// Random shapes through the CUDA kernels on the emulator: decoding and quantising to the CPU kernels' bytes, the product
-// to a double-precision answer.
+// Random shapes through the CUDA kernels on the emulator: decoding and quantising to the CPU kernels' bytes, the
+// product to a double-precision answer.
 //
 //   fuzz_cuda SEED COUNT
 //
@@ -84,9 +84,10 @@ float rounded(const Case& c, float value) {
 float normal() { return std::normal_distribution<float>()(generator); }
 
 int fail(const char* what, const Case& c, int64_t i, double got, double want) {
-  std::printf("%s: dtype %d M %ld N %ld K %ld G %d nested %d bias %d skip %ld %ld on %d: element %ld is %.9g, not %.9g\n",
-              what, c.dtype, long(c.m), long(c.n), long(c.k), 1 << c.shift, c.nested, c.bias, long(c.skip_codes),
-              long(c.skip_floats), emulator::multiprocessors, long(i), got, want);
+  std::printf(
+      "%s: dtype %d M %ld N %ld K %ld G %d nested %d bias %d skip %ld %ld on %d: element %ld is %.9g, not %.9g\n", what,
+      c.dtype, long(c.m), long(c.n), long(c.k), 1 << c.shift, c.nested, c.bias, long(c.skip_codes), long(c.skip_floats),
+      emulator::multiprocessors, long(i), got, want);
   return 1;
 }
 
@@ -206,7 +207,8 @@ int check_linear(const Case& c, const Weight& weight, const Bytes& x, const Byte
     const int64_t m = i / c.n, n = i % c.n;
     double want = c.bias ? read(c, bias.get(), n) : 0, size = std::fabs(want), truth = want, decoded = want;
     for (int64_t k = 0; k < c.k; ++k) {
-      const float value = exact[size_t(n * c.k + k)], level = peftrt::kNf4[peftrt::nibble(weight.codes.get(), n * c.k + k)];
+      const float value = exact[size_t(n * c.k + k)],
+                  level = peftrt::kNf4[peftrt::nibble(weight.codes.get(), n * c.k + k)];
       const double factor = read(c, x.get(), m * c.k + k), whole = value * factor;
       // levels are rounded before they are scaled, where the scale is the sums'
       const double term = straight ? (level == 0 ? 0 : double(value) / level * rounded(c, level)) : rounded(c, value);

@@ -162,8 +162,7 @@ const Words* exchange(const Words& mine) {
   if (++warp.arrived == 32) {
     warp.arrived = 0;
     warp.turn ^= 1;
-    for (int lane = 0; lane < 32; ++lane)
-      machine.fibers[size_t(thread / 32 * 32 + lane)]->waits_for_warp = false;
+    for (int lane = 0; lane < 32; ++lane) machine.fibers[size_t(thread / 32 * 32 + lane)]->waits_for_warp = false;
   } else {
     give_way();
   }
@@ -171,7 +170,8 @@ const Words* exchange(const Words& mine) {
 }
 
 void copy_async(void* to, const void* from, bool there) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) fail("a copy that is not aligned");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
+    fail("a copy that is not aligned");
   machine.current->open.push_back({to, from, there});
 }
 

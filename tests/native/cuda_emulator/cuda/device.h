@@ -1,5 +1,5 @@
-// In the place of csrc/cuda/device.h: the same names on a CPU, so that the kernels' own code runs, and is checked, where
-// no GPU is.
+// In the place of csrc/cuda/device.h: the same names on a CPU, so that the kernels' own code runs, and is checked,
+// where no GPU is.
 //
 // A thread of a block is a fiber, and blocks run one after the other. What the hardware leaves open is drawn at random:
 // the order of blocks, and which fiber goes on after a barrier. What it does late is done as late as it may be: an
