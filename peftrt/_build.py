@@ -190,7 +190,9 @@ def plan(mode: str = "auto", csrc: Path | None = None) -> Plan:
         return Plan((), missing + hint)
     assert csrc is not None
     assert torch is not None
-    without_cuda = _missing_for_cuda(csrc, nvcc)
+    without_cuda = "" if nvcc else "nvcc is not found; put it on the path or name it in NVCC"
+    if not any((csrc / "cuda").glob("*.cu")):
+        without_cuda = without_cuda or "the CUDA sources (csrc/cuda) are not here"
     if without_cuda and mode == "cuda":
         raise BuildError(f"PEFTRT_BUILD=cuda: {without_cuda}")
     if mode == "auto" and not torch.has_cuda:
@@ -214,12 +216,6 @@ def _missing(csrc: Path | None, torch: Torch | None, compiler: tuple[str, ...] |
         wanted = os.environ.get("CXX")
         return f"the compiler CXX={wanted!r} is not found" if wanted else "no C++ compiler (c++, g++, clang++) is found"
     return ""
-
-
-def _missing_for_cuda(csrc: Path, nvcc: tuple[str, ...] | None) -> str:
-    if nvcc is None:
-        return "nvcc is not found; put it on the path or name it in NVCC"
-    return "" if any((csrc / "cuda").glob("*.cu")) else "the CUDA sources (csrc/cuda) are not here"
 
 
 def source_files(csrc: Path, target: str | None = None) -> list[Path]:
@@ -344,14 +340,9 @@ def _build_target(chosen: Plan, target: str, directory: Path, force: bool) -> Pa
         linker = chosen.compiler if target == "cpu" else (*_nvcc(chosen), "-cudart=static")
         _call([*linker, "-shared", "-o", str(built), *objects, *_libraries(chosen, target)])
         os.replace(built, library)
-    record: dict[str, object] = {"fingerprint": fingerprint, "torch": chosen.torch.version, "compiler": compiler}
-    if target == "cpu":
-        record |= {
-            "flags": " ".join(COMMON_FLAGS),
-            "isa": {isa: " ".join(flags) for isa, flags in _isa_table().items()},
-        }
-    else:
-        record |= {"flags": " ".join(CUDA_FLAGS), "archs": list(chosen.archs)}
+    isa = {name: " ".join(flags) for name, flags in _isa_table().items()}
+    details = {"flags": " ".join(COMMON_FLAGS), "isa": isa} if target == "cpu" else {"archs": list(chosen.archs)}
+    record = {"fingerprint": fingerprint, "torch": chosen.torch.version, "compiler": compiler, **details}
     temporary = directory / f".{library.name}.json.{os.getpid()}"
     temporary.write_text(json.dumps(record, indent=1) + "\n", "utf8")
     os.replace(temporary, directory / f"{library.name}.json")
@@ -370,7 +361,8 @@ def _compile_command(chosen: Plan, unit: _Unit, scratch: Path) -> list[str]:
 
 
 def _nvcc(chosen: Plan) -> tuple[str, ...]:
-    return (*chosen.nvcc, f"-ccbin={chosen.compiler[0]}")
+    # A compiler of several words (ccache g++) is none that nvcc would take.
+    return (*chosen.nvcc, *(f"-ccbin={name}" for name in chosen.compiler if len(chosen.compiler) == 1))
 
 
 def _libraries(chosen: Plan, target: str) -> list[str]:
@@ -380,7 +372,7 @@ def _libraries(chosen: Plan, target: str) -> list[str]:
     if target == "cpu":
         return [search, "-ltorch_cpu", "-Wl,-z,defs", "-Wl,--as-needed"]
     # Where torch is for CPUs, what it lacks stays undefined: the library compiles, and loads with another torch.
-    return [search, "-ltorch_cpu", *(["-ltorch_cuda", "-Xlinker=-z,defs"] if chosen.torch.has_cuda else [])]
+    return [search, "-ltorch_cpu", *(["-ltorch_cuda"] if chosen.torch.has_cuda else [])]
 
 
 def _call(command: list[str]) -> None:
