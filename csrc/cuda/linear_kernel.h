@@ -310,10 +310,13 @@ class LinearBlock {
   float total[2][kTiles][4] = {};
 };
 
+// What does not fit an architecture is not launched there, and need not be compiled.
+template <int kTiles>
+constexpr bool kFits = linear_layout(kArchitecture, kTiles).stages >= 2;
+
 template <class T, int kTiles, int kUnit>
 PEFTRT_KERNEL void PEFTRT_BOUNDS(kLinearThreads, 1) linear_kernel(Product product) {
-  // What does not fit an architecture is not launched there, and need not be compiled.
-  if constexpr (linear_layout(kArchitecture, kTiles).stages >= 2) LinearBlock<T, kTiles, kUnit>(product).run();
+  if constexpr (kFits<kTiles>) LinearBlock<T, kTiles, kUnit>(product).run();
 }
 
 }  // namespace peftrt::cuda
