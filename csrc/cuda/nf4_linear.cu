@@ -36,7 +36,7 @@ PEFTRT_KERNEL void PEFTRT_BOUNDS(256, 4) linear_any(Product p) {
   }
 }
 
-// Rows of 16-byte pieces, and at most one scale for every 32 columns of a piece.
+// Rows of whole pieces of 16 bytes, whose 32 columns have one scale, since blocks are of 32 at least.
 bool straight(const Linear& linear) {
   return linear.k % 32 == 0 && reinterpret_cast<uintptr_t>(linear.codes) % 16 == 0;
 }
@@ -56,17 +56,13 @@ const char* run_tiles(const Product& product, int arch, void* stream) {
   return run_instance<T, 8, 32>(product, arch, stream);
 }
 
-Product product_of(const Linear& linear, int multiprocessors, uint64_t ticket, void* workspace) {
+Product product_of(const Linear& linear) {
   Product product = {};
   product.codes = linear.codes;
   product.scales = linear.scales;
   product.x = static_cast<const uint8_t*>(linear.x);
   product.bias = linear.bias;
   product.y = linear.y;
-  product.words = static_cast<uint64_t*>(workspace);
-  product.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + ticket_bytes(linear.n));
-  product.ticket = ticket & 0xffffffffffff;
-  product.schedule = Schedule::of(linear.n, linear.k, multiprocessors);
   product.n = linear.n;
   product.k = linear.k;
   product.m = int(linear.m);
@@ -76,7 +72,7 @@ Product product_of(const Linear& linear, int multiprocessors, uint64_t ticket, v
 template <class T>
 const char* run_any(const Linear& linear, void* stream) {
   const int64_t blocks = (linear.n + 7) / 8 * ((linear.m + kAnyRows - 1) / kAnyRows);
-  return launch(linear_any<T>, blocks, 256, 0, stream, product_of(linear, 1, 0, nullptr));
+  return launch(linear_any<T>, blocks, 256, 0, stream, product_of(linear));
 }
 
 template <class T>
@@ -91,7 +87,11 @@ const char* run_straight(const Linear& linear, uint64_t ticket, void* workspace,
     part.m = std::min(most, linear.m - m);
     part.x = static_cast<const T*>(linear.x) + m * linear.k;
     part.y = static_cast<T*>(linear.y) + m * linear.n;
-    const Product product = product_of(part, count, ticket, workspace);
+    Product product = product_of(part);
+    product.words = static_cast<uint64_t*>(workspace);
+    product.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + ticket_bytes(linear.n));
+    product.ticket = ticket & 0xffffffffffff;  // the other bits of a word count
+    product.schedule = Schedule::of(linear.n, linear.k, count);
     const bool wide = linear.k % 64 == 0 && linear.scales.shift >= 6;
     const char* error = wide ? run_tiles<T, 64>(product, arch, stream) : run_tiles<T, 32>(product, arch, stream);
     if (error != nullptr) return error;

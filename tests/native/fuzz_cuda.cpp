@@ -226,6 +226,13 @@ int check_linear(const Case& c, const Weight& weight, const Bytes& x, const Byte
   return 0;
 }
 
+int compare_row(const char* what, const Case& c, const Bytes& row, const Bytes& y, int64_t m) {
+  for (int64_t i = 0; i < c.n; ++i)
+    if (std::memcmp(row.get() + 2 * i, y.get() + 2 * (m * c.n + i), 2) != 0)
+      return fail(what, c, i, read(c, row.get(), i), read(c, y.get(), m * c.n + i));
+  return 0;
+}
+
 int run_linear(const Case& c) {
   const Weight weight(c);
   const Bytes x(c.m * c.k * 2), bias(c.n * 2), y(c.m * c.n * 2), again(c.m * c.n * 2), row(c.n * 2);
@@ -237,12 +244,14 @@ int run_linear(const Case& c) {
   if (linear.run(0, c.m, again, true) || compare_bytes("nf4_linear, again", c, again, y)) return 1;
   // A row alone has the bits that it has among others; needs the alignment that the binding gives.
   const int64_t alone = int64_t(generator() % uint64_t(c.m));
-  if (alone * c.k * 2 % 16 != 0) return 0;
-  if (linear.run(alone, 1, row, false)) return 1;
-  for (int64_t i = 0; i < c.n; ++i)
-    if (std::memcmp(row.get() + 2 * i, y.get() + 2 * (alone * c.n + i), 2) != 0)
-      return fail("nf4_linear, a row alone", c, i, read(c, row.get(), i), read(c, y.get(), alone * c.n + i));
-  return 0;
+  if (c.k == 0 || alone * c.k * 2 % 16 != 0) return 0;
+  if (linear.run(alone, 1, row, false) || compare_row("nf4_linear, a row alone", c, row, y, alone)) return 1;
+  // Nor does a NaN leave its row.
+  if (c.m == 1) return 0;
+  write(c, x, (alone + 1) % c.m * c.k, NAN);
+  if (linear.run(0, c.m, again, false)) return 1;
+  std::memcpy(row.get(), again.get() + 2 * alone * c.n, size_t(2 * c.n));
+  return compare_row("nf4_linear, a row beside NaN", c, row, y, alone);
 }
 
 int run_seed(uint64_t seed) {
@@ -261,7 +270,7 @@ int run_seed(uint64_t seed) {
   c.dtype = 1 + int(generator() % 2);
   c.m = pick({1, 1, 2, 7, 8, 9, 16, 17, 32, 33, 64});
   c.n = c.m > 16 ? pick({1, 40, 129, 200}) : pick({1, 5, 127, 128, 129, 300, 385});
-  c.k = c.m > 16 ? pick({31, 32, 96, 256, 320}) : pick({1, 33, 64, 96, 160, 255, 256, 320, 512, 864, 1024});
+  c.k = c.m > 16 ? pick({31, 32, 96, 256, 320}) : pick({0, 1, 33, 64, 96, 160, 255, 256, 320, 512, 864, 1024});
   return run_linear(c);
 }
 
