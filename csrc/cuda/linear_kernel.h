@@ -6,9 +6,9 @@
 // to 16 bits first.
 //
 // Counted, not measured on a device. Instructions for 64 weights of a lane and 8 rows of x (nvcc 13.0 for sm_90a,
-// 2026-11-21): 108, of which 32 look-ups, 32 addresses for them and 8 products, 1.7 a weight; what loads, decodes scales
-// and waits comes on top, once a step. The bound is shared memory: 2048 weights are 32 wavefronts of look-ups, 8 of codes
-// in, 8 of codes out, 8 of x and 2 of scales, which is 35 weights a clock: 4.1 TB/s of codes on an H200.
+// 2026-11-21): 108, of which 32 look-ups, 32 addresses for them and 8 products, 1.7 a weight; what loads, decodes
+// scales and waits comes on top, once a step. The bound is shared memory: 2048 weights are 32 wavefronts of look-ups, 8
+// of codes in, 8 of codes out, 8 of x and 2 of scales, which is 35 weights a clock: 4.1 TB/s of codes on an H200.
 //
 // Of the 16 columns that an instruction sums, which is which is free, as long as x agrees: what ldmatrix hands a lane
 // of a row of codes, 4 bytes of 16, are 8 neighbouring columns, and 16 bytes of x are the same columns.
