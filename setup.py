@@ -58,7 +58,9 @@ class BuildNative(Command):
         return [str(path.relative_to(ROOT)) for path in native.source_files(ROOT / "csrc")]
 
     def get_outputs(self):
-        return [str(self._directory() / native.library_name(target)) for target in PLAN.targets]
+        libraries = [self._directory() / native.library_name(target) for target in PLAN.targets]
+        # One that could not be compiled and was not demanded is left out.
+        return [str(path) for path in libraries if path.is_file()]
 
     def get_output_mapping(self):
         return {}
@@ -90,6 +92,7 @@ setup(
         "peftrt.kernels",
         "peftrt._csrc",
         "peftrt._csrc.cpu",
+        "peftrt._csrc.cuda",
     ],
     package_dir={"peftrt.kernels": "kernels", "peftrt._csrc": "csrc"},
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},

@@ -1,7 +1,8 @@
 """Compiles csrc/ into peftrt/_C: used by setup.py and by ``python -m peftrt build``.
 
-Only the standard library is used, and torch is never imported: its headers and libtorch_cpu.so are all that is needed,
-and an isolated build sees them as a directory without being able to import them.
+Two libraries: ``cpu``, and ``cuda`` where there is an ``nvcc``. Only the standard library is used, and torch is never
+imported: its headers and libraries are all that is needed, and an isolated build sees them as a directory without being
+able to import them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +29,8 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # Contraction stays off: the nested scales are a product and a sum rounded apart (the kernels ask for FMA by name).
 COMMON_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off")
+CUDA_FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
+CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0"  # PEFTRT_CUDA_ARCHS names others
 WARNING_FLAGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
 
 # Every op file in csrc/cpu is compiled once for each of these; the choice falls at run time, by CPUID.
@@ -55,16 +59,27 @@ class Torch:
     root: Path
     version: str
 
+    @property
+    def has_cuda(self) -> bool:
+        """Whether it can load the CUDA library; any torch is enough to compile it."""
+        return (self.root / "lib/libtorch_cuda.so").is_file()
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be compiled (``targets``, empty for none), with what, and the reason when something is left out."""
+    """What will be compiled (``targets``, empty for none), with what, and the reason when something is left out.
+
+    ``demanded``: that one target cannot be compiled is an error; otherwise it is one only where none can.
+    """
 
     targets: tuple[str, ...]
     reason: str
     csrc: Path | None = None
     torch: Torch | None = None
     compiler: tuple[str, ...] = ()
+    nvcc: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
+    demanded: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,11 +150,27 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
+def find_nvcc() -> tuple[str, ...] | None:
+    """$NVCC (which may hold flags), or nvcc on the path."""
+    command = tuple(shlex.split(os.environ.get("NVCC") or "nvcc"))
+    return command if command and shutil.which(command[0]) else None
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """The compute capabilities to compile for, as $PEFTRT_CUDA_ARCHS has them: ``9.0a``, or ``8.0 9.0a``."""
+    archs = tuple(re.split(r"[\s,;]+", (os.environ.get("PEFTRT_CUDA_ARCHS") or CUDA_ARCHS).strip()))
+    for arch in archs:
+        if re.fullmatch(r"\d+\.\d[af]?", arch) is None or float(arch.rstrip("af")) < 8:
+            raise BuildError(f"PEFTRT_CUDA_ARCHS must hold capabilities from 8.0 on, such as '8.0 9.0a', got {arch!r}")
+    return archs
+
+
 def plan(mode: str = "auto", csrc: Path | None = None) -> Plan:
     """Decides what is built without building it.
 
     Args:
-        mode: ``auto`` builds what can be built here, ``cpu`` and ``cuda`` demand it, ``none`` builds nothing.
+        mode: ``auto`` builds what can be built and used here; ``cpu`` and ``cuda`` demand the CPU library, and both;
+            ``none`` builds nothing.
         csrc: the directory of the sources; searched for when None.
 
     Raises:
@@ -150,42 +181,48 @@ def plan(mode: str = "auto", csrc: Path | None = None) -> Plan:
     if mode == "none":
         return Plan((), "PEFTRT_BUILD=none")
     csrc = csrc or find_csrc()
-    if mode == "cuda":
-        _check_cuda(csrc)
-    torch, compiler = find_torch(), find_compiler()
-    missing = ""
-    if csrc is None or not (csrc / "binding_cpu.cpp").is_file():
-        missing = "the C++ sources (csrc/) are not here"
-    elif sys.platform != "linux":
-        missing = f"the native library is for Linux, and this is {sys.platform}"
-    elif torch is None:
-        missing = "no torch with headers is installed in this environment"
-    elif _too_old(torch.version):
-        missing = f"torch {torch.version} in {torch.root} is older than 2.11"
-    elif compiler is None:
-        wanted = os.environ.get("CXX")
-        missing = (
-            f"the compiler CXX={wanted!r} is not found" if wanted else "no C++ compiler (c++, g++, clang++) is found"
-        )
+    torch, compiler, nvcc = find_torch(), find_compiler(), find_nvcc()
+    missing = _missing(csrc, torch, compiler)
     if missing and mode != "auto":
         raise BuildError(f"PEFTRT_BUILD={mode}: {missing}")
     if missing:
         hint = "; `python -m peftrt build` compiles later. Until then the slower reference in torch runs"
         return Plan((), missing + hint)
-    return Plan(("cpu",), "", csrc, torch, compiler or ())
+    assert csrc is not None
+    assert torch is not None
+    without_cuda = "" if nvcc else "nvcc is not found; put it on the path or name it in NVCC"
+    if not any((csrc / "cuda").glob("*.cu")):
+        without_cuda = without_cuda or "the CUDA sources (csrc/cuda) are not here"
+    if without_cuda and mode == "cuda":
+        raise BuildError(f"PEFTRT_BUILD=cuda: {without_cuda}")
+    if mode == "auto" and not torch.has_cuda:
+        without_cuda = without_cuda or f"torch {torch.version} is not a build for CUDA"
+    demanded, found = mode != "auto", (csrc, torch, compiler or ())
+    if mode == "cpu" or without_cuda:
+        return Plan(("cpu",), "" if mode == "cpu" else f"no CUDA library: {without_cuda}", *found, demanded=demanded)
+    return Plan(("cpu", "cuda"), "", *found, nvcc or (), cuda_archs(), demanded)
 
 
-def _check_cuda(csrc: Path | None) -> None:
-    if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
-        raise BuildError("PEFTRT_BUILD=cuda: nvcc is not found; put it on the path or name it in NVCC")
-    if csrc is None or not any((csrc / "cuda").glob("*.cu")):
-        raise BuildError("PEFTRT_BUILD=cuda: this release has no CUDA sources; on a GPU its kernels are Triton's")
-    raise BuildError("PEFTRT_BUILD=cuda: compiling csrc/cuda is not supported by this release")
+def _missing(csrc: Path | None, torch: Torch | None, compiler: tuple[str, ...] | None) -> str:
+    if csrc is None or not (csrc / "binding_cpu.cpp").is_file():
+        return "the C++ sources (csrc/) are not here"
+    if sys.platform != "linux":
+        return f"the native library is for Linux, and this is {sys.platform}"
+    if torch is None:
+        return "no torch with headers is installed in this environment"
+    if _too_old(torch.version):
+        return f"torch {torch.version} in {torch.root} is older than 2.11"
+    if compiler is None:
+        wanted = os.environ.get("CXX")
+        return f"the compiler CXX={wanted!r} is not found" if wanted else "no C++ compiler (c++, g++, clang++) is found"
+    return ""
 
 
-def source_files(csrc: Path) -> list[Path]:
-    """Every file that the native code is made of, headers included, in a fixed order."""
-    return sorted(path for path in csrc.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+def source_files(csrc: Path, target: str | None = None) -> list[Path]:
+    """Every file that the native code (of one target) is made of, headers included, in a fixed order."""
+    files = sorted(path for path in csrc.rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
+    others = {"cpu", "cuda"} - {target} if target else set()
+    return [path for path in files if not others & {path.parent.name, path.stem.removeprefix("binding_")}]
 
 
 def isa_names(machine: str | None = None) -> tuple[str, ...]:
@@ -213,18 +250,34 @@ def kernel_units(csrc: Path, extra: tuple[str, ...] = (), machine: str | None = 
     return units
 
 
-def _compiler_version(compiler: tuple[str, ...]) -> str:
+def _units(chosen: Plan, target: str) -> list[_Unit]:
+    assert chosen.csrc is not None
+    binding = chosen.csrc / f"binding_{target}.cpp"
+    flags: tuple[str, ...] = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",)
+    if target == "cpu":
+        return [_Unit(binding, binding.stem, flags), *kernel_units(chosen.csrc)]
+    # USE_CUDA: torch's header declares what it has for CUDA only then.
+    flags += ("-DUSE_CUDA", f'-DPEFTRT_CUDA_ARCHS="{" ".join(chosen.archs)}"')
+    numbers = [arch.replace(".", "") for arch in chosen.archs]
+    code = tuple(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers)
+    kernels = sorted((chosen.csrc / "cuda").glob("*.cu"))
+    return [_Unit(binding, binding.stem, flags), *(_Unit(source, source.stem, code) for source in kernels)]
+
+
+def _version_of(compiler: tuple[str, ...], line: int = 0) -> str:
     result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
-    return (result.stdout or result.stderr).strip().splitlines()[0] if (result.stdout or result.stderr) else "unknown"
+    lines = (result.stdout or result.stderr).strip().splitlines()
+    return lines[line] if lines else "unknown"
 
 
-def _fingerprint(chosen: Plan, units: list[_Unit], compiler: str) -> str:
+def _fingerprint(chosen: Plan, target: str, units: list[_Unit], compiler: str) -> str:
     assert chosen.csrc is not None
     digest = hashlib.sha256()
-    for path in source_files(chosen.csrc):
+    for path in source_files(chosen.csrc, target):
         digest.update(str(path.relative_to(chosen.csrc)).encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update(repr([(unit.name, unit.flags) for unit in units]).encode())
-    digest.update(repr((COMMON_FLAGS, TORCH_TARGET_VERSION, compiler, platform.machine())).encode())
+    flags = COMMON_FLAGS if target == "cpu" else (COMMON_FLAGS, CUDA_FLAGS, _libraries(chosen, target))
+    digest.update(repr((flags, TORCH_TARGET_VERSION, compiler, platform.machine())).encode())
     return digest.hexdigest()
 
 
@@ -252,56 +305,74 @@ def build(chosen: Plan, directory: Path | None = None, force: bool = False) -> l
         BuildError: the compiler failed; the message has its command and its output.
     """
     directory = directory or default_directory()
-    return [_build_cpu(chosen, directory, force) for target in chosen.targets if target == "cpu"]
+    libraries: list[Path] = []
+    for target in reversed(chosen.targets):
+        try:
+            libraries.insert(0, _build_target(chosen, target, directory, force))
+        except BuildError as error:
+            if chosen.demanded or (target == "cpu" and not libraries):
+                raise
+            print(f"peftrt: {library_name(target)} is left out: {error}", file=sys.stderr)
+    return libraries
 
 
-def _build_cpu(chosen: Plan, directory: Path, force: bool) -> Path:
-    assert chosen.csrc is not None
+def _build_target(chosen: Plan, target: str, directory: Path, force: bool) -> Path:
     assert chosen.torch is not None
-    library = directory / library_name("cpu")
-    include = chosen.torch.root / "include"
-    units = kernel_units(chosen.csrc)
-    binding = _Unit(chosen.csrc / "binding_cpu.cpp", "binding_cpu", (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",))
-    compiler = _compiler_version(chosen.compiler)
-    fingerprint = _fingerprint(chosen, [*units, binding], compiler)
-    stamp = read_stamp(directory)
+    library = directory / library_name(target)
+    units = _units(chosen, target)
+    compiler = _version_of(chosen.compiler)
+    if target == "cuda":
+        compiler = f"{_version_of(chosen.nvcc, -2)}, and {compiler}"
+    fingerprint = _fingerprint(chosen, target, units, compiler)
+    stamp = read_stamp(directory, target)
     if not force and library.is_file() and stamp is not None and stamp.get("fingerprint") == fingerprint:
         return library
     print(f"peftrt: compiling {library.name} against torch {chosen.torch.version} with {compiler}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     # The temporary directory is on the same filesystem as the library, so that the last step is one rename.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as scratch:
-        jobs = [
-            (_compile_command(chosen, unit, Path(scratch), None if unit is not binding else include), unit)
-            for unit in [binding, *units]
-        ]
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for _ in pool.map(lambda job: _call(job[0]), jobs):
+            for _ in pool.map(_call, [_compile_command(chosen, unit, Path(scratch)) for unit in units]):
                 pass
         built = Path(scratch) / library.name
-        objects = [str(Path(scratch) / f"{unit.name}.o") for _, unit in jobs]
-        libs = [f"-L{chosen.torch.root / 'lib'}", "-ltorch_cpu"]
-        # No rpath: torch is in the process before the library is loaded, and is then found by its soname.
-        _call([*chosen.compiler, "-shared", "-o", str(built), *objects, *libs, "-Wl,-z,defs", "-Wl,--as-needed"])
+        objects = [str(Path(scratch) / f"{unit.name}.o") for unit in units]
+        # nvcc knows where its own runtime lies, which is linked into the library.
+        linker = chosen.compiler if target == "cpu" else (*_nvcc(chosen), "-cudart=static")
+        _call([*linker, "-shared", "-o", str(built), *objects, *_libraries(chosen, target)])
         os.replace(built, library)
-    record = {
-        "fingerprint": fingerprint,
-        "torch": chosen.torch.version,
-        "compiler": compiler,
-        "flags": " ".join(COMMON_FLAGS),
-        "isa": {isa: " ".join(flags) for isa, flags in _isa_table().items()},
-    }
+    isa = {name: " ".join(flags) for name, flags in _isa_table().items()}
+    details = {"flags": " ".join(COMMON_FLAGS), "isa": isa} if target == "cpu" else {"archs": list(chosen.archs)}
+    record = {"fingerprint": fingerprint, "torch": chosen.torch.version, "compiler": compiler, **details}
     temporary = directory / f".{library.name}.json.{os.getpid()}"
     temporary.write_text(json.dumps(record, indent=1) + "\n", "utf8")
     os.replace(temporary, directory / f"{library.name}.json")
     return library
 
 
-def _compile_command(chosen: Plan, unit: _Unit, scratch: Path, torch_include: Path | None) -> list[str]:
-    # Torch's headers are system headers: their warnings are not ours. Only the binding sees them.
-    includes = ["-isystem", str(torch_include)] if torch_include else []
-    output = ["-c", str(unit.source), "-o", str(scratch / f"{unit.name}.o")]
-    return [*chosen.compiler, *COMMON_FLAGS, *WARNING_FLAGS, *unit.flags, f"-I{chosen.csrc}", *includes, *output]
+def _compile_command(chosen: Plan, unit: _Unit, scratch: Path) -> list[str]:
+    assert chosen.torch is not None
+    files = [f"-I{chosen.csrc}", "-c", str(unit.source), "-o", str(scratch / f"{unit.name}.o")]
+    if unit.source.suffix == ".cu":
+        # The architectures in parallel too: there are more of them than files.
+        return [*_nvcc(chosen), *CUDA_FLAGS, "--threads=0", *unit.flags, *files]
+    # Torch's headers are system headers: their warnings are not ours. Only the bindings see them.
+    includes = ["-isystem", str(chosen.torch.root / "include")] if unit.name.startswith("binding_") else []
+    return [*chosen.compiler, *COMMON_FLAGS, *WARNING_FLAGS, *unit.flags, *includes, *files]
+
+
+def _nvcc(chosen: Plan) -> tuple[str, ...]:
+    # A compiler of several words (ccache g++) is none that nvcc would take.
+    return (*chosen.nvcc, *(f"-ccbin={name}" for name in chosen.compiler if len(chosen.compiler) == 1))
+
+
+def _libraries(chosen: Plan, target: str) -> list[str]:
+    """No rpath: torch is in the process before the library is loaded, and is then found by its soname."""
+    assert chosen.torch is not None
+    search = f"-L{chosen.torch.root / 'lib'}"
+    if target == "cpu":
+        return [search, "-ltorch_cpu", "-Wl,-z,defs", "-Wl,--as-needed"]
+    # Where torch is for CPUs, what it lacks stays undefined: the library compiles, and loads with another torch.
+    return [search, "-ltorch_cpu", *(["-ltorch_cuda"] if chosen.torch.has_cuda else [])]
 
 
 def _call(command: list[str]) -> None:
@@ -328,6 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"peftrt: {library} is up to date")
     if not libraries:
         print(f"peftrt: nothing is built: {chosen.reason}", file=sys.stderr)
+    elif chosen.reason:
+        print(f"peftrt: {chosen.reason}")
     return 0
 
 

@@ -29,12 +29,13 @@ def show(as_json: bool = False) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, the native library, the devices; for every operation, device and dtype the backend and the reasons."""
+    """Versions, native libraries, devices; for every operation, device and dtype the backend and the reasons."""
     return {
         "peftrt": peftrt.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("torch", "triton", "transformers")},
         "native": _native_library(),
+        "cuda": _cuda_library(),
         "devices": _devices(),
         "forced": os.environ.get("PEFTRT_BACKEND"),
         "ops": {op: {device: _choices(op, device) for device in _kinds()} for op in sorted(OPS)},
@@ -54,6 +55,12 @@ def text(found: dict[str, Any]) -> str:
             f"  instruction sets: {', '.join(native['built_for'])}; in use: {native['isa']}",
         ]
         lines.append(f"  compiled against torch {native['torch']} with {native['compiler']}")
+    cuda = found["cuda"]
+    if cuda["error"]:
+        lines.append(f"  {cuda['error']}")
+    if cuda["built_for"]:
+        lines.append(f"  {cuda['library']}: for compute capability {', '.join(cuda['built_for'])}")
+        lines.append(f"  compiled against torch {cuda['torch']} with {cuda['compiler']}")
     lines += ["", "devices", *(f"  {name}: {what}" for name, what in found["devices"].items()), ""]
     if found["forced"]:
         lines += [f"PEFTRT_BACKEND={found['forced']} forces a backend", ""]
@@ -85,6 +92,17 @@ def _native_library() -> dict[str, Any]:
         "error": error,
         "isa": _native.isa(),
         "built_for": sorted(stamp.get("isa", {})),  # type: ignore[call-overload]
+        "torch": stamp.get("torch"),
+        "compiler": stamp.get("compiler"),
+    }
+
+
+def _cuda_library() -> dict[str, Any]:
+    stamp = _build.read_stamp(target="cuda") or {}
+    return {
+        "library": str(_native.library_path("cuda")),
+        "error": _native.load_cuda(),
+        "built_for": stamp.get("archs", []),
         "torch": stamp.get("torch"),
         "compiler": stamp.get("compiler"),
     }

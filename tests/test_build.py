@@ -90,6 +90,34 @@ def test_none_builds_nothing(csrc: Path) -> None:
     assert _build.plan("none", csrc).targets == ()
 
 
+NVCC = """#!/bin/sh
+# In the place of nvcc: says its version, or hands the C++ of a .cu file to a compiler that knows none of its flags.
+case "$*" in *--version*) printf 'nvcc\\nCopyright\\nrelease 13.0\\nbuild\\n'; exit;; esac
+[ -z "$NVCC_FAILS" ] || { echo no code today >&2; exit 1; }
+for flag; do
+  shift
+  case "$flag" in -gencode*|--threads*|-ccbin*|-fmad*|-cudart*|-Xlinker*|-Xcompiler*) ;; *) set -- "$@" "$flag";; esac
+done
+case "$*" in *-shared*) exec c++ "$@";; *) exec c++ -fPIC -x c++ "$@";; esac
+"""
+
+
+@pytest.fixture
+def nvcc(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CUDA sources, a compiler for them, and a torch that could load what it makes."""
+    for name in ("cuda/nf4_answer.cu", "binding_cuda.cpp"):
+        (csrc / name).parent.mkdir(exist_ok=True)
+        (csrc / name).write_text(f"int {Path(name).stem}() {{ return 1; }}\n")
+    script = tmp_path / "nvcc"
+    script.write_text(NVCC)
+    script.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(script))
+    monkeypatch.setattr(_build.Torch, "has_cuda", True)
+    # this machine's torch may lack the library that a CUDA build links with
+    monkeypatch.setattr(_build, "_libraries", lambda chosen, target: [])
+    return script
+
+
 def test_cuda_without_nvcc(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC", "/nowhere/nvcc")
     with pytest.raises(_build.BuildError, match="nvcc is not found"):
@@ -98,8 +126,65 @@ def test_cuda_without_nvcc(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_without_sources(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC", sys.executable)
-    with pytest.raises(_build.BuildError, match="no CUDA sources"):
+    with pytest.raises(_build.BuildError, match="the CUDA sources"):
         _build.plan("cuda", csrc)
+
+
+def test_auto_builds_cuda_where_it_can_be_used(csrc: Path, nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _build.plan("auto", csrc).targets == ("cpu", "cuda")
+    assert _build.plan("cpu", csrc).targets == ("cpu",)
+    monkeypatch.setattr(_build.Torch, "has_cuda", False)
+    plan = _build.plan("auto", csrc)
+    assert plan.targets == ("cpu",)
+    assert "is not a build for CUDA" in plan.reason
+    # what is asked for by name is compiled, whatever torch is here
+    assert _build.plan("cuda", csrc).targets == ("cpu", "cuda")
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    assert "nvcc is not found" in _build.plan("auto", csrc).reason
+
+
+@pytest.mark.parametrize("archs", ["9", "sm_90", "7.5", "9.0x"])
+def test_unknown_architectures(archs: str, csrc: Path, nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTRT_CUDA_ARCHS", archs)
+    with pytest.raises(_build.BuildError, match=f"PEFTRT_CUDA_ARCHS must hold .* got '{archs}'"):
+        _build.plan("cuda", csrc)
+
+
+def test_both_libraries_are_built_once_and_again_for_other_architectures(
+    csrc: Path, nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "_C"
+    cpu, cuda = _build.build(_build.plan("auto", csrc), out)
+    assert (cpu.name, cuda.name) == ("libpeftrt_cpu.so", "libpeftrt_cuda.so")
+    stamp = _build.read_stamp(out, "cuda")
+    assert stamp is not None
+    assert stamp["archs"] == _build.CUDA_ARCHS.split()
+    assert str(stamp["compiler"]).startswith("release 13.0, and ")
+    written = [path.stat().st_mtime_ns for path in (cpu, cuda)]
+    _build.build(_build.plan("auto", csrc), out)
+    assert [path.stat().st_mtime_ns for path in (cpu, cuda)] == written
+    monkeypatch.setenv("PEFTRT_CUDA_ARCHS", "8.0, 9.0a")
+    _build.build(_build.plan("auto", csrc), out)
+    assert cpu.stat().st_mtime_ns == written[0]
+    assert cuda.stat().st_mtime_ns > written[1]
+
+
+def test_a_failure_of_one_does_not_lose_the_other(
+    csrc: Path, nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NVCC_FAILS", "1")
+    with pytest.raises(_build.BuildError, match="no code today"):
+        _build.build(_build.plan("cuda", csrc), tmp_path / "demanded")
+    (library,) = _build.build(_build.plan("auto", csrc), tmp_path / "_C")
+    assert library.name == "libpeftrt_cpu.so"
+    assert "libpeftrt_cuda.so is left out: the compiler failed" in capfd.readouterr().err
+
+
+def test_each_library_has_its_own_sources() -> None:
+    found = {target: {path.name for path in _build.source_files(ROOT / "csrc", target)} for target in ("cpu", "cuda")}
+    assert "nf4.h" in found["cpu"] & found["cuda"]
+    assert {"binding_cpu.cpp", "dispatch.cpp"} <= found["cpu"] - found["cuda"]
+    assert {"binding_cuda.cpp", "device.h"} <= found["cuda"] - found["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+// nf4_linear for up to 64 rows of x: which kernel, how it is cut, and the one for weights whose rows lie crookedly.
+#include <algorithm>
+
+#include "cuda/linear_kernel.h"
+
+namespace peftrt::cuda {
+
+namespace {
+
+constexpr int kAnyRows = 8;  // of x that a warp takes
+
+// A warp a row of W, weight by weight: any K, any alignment. The products of a lane are 32 columns apart.
+template <class T>
+PEFTRT_KERNEL void PEFTRT_BOUNDS(256, 4) linear_any(Product p) {
+  const int lane = thread_index() % 32;
+  const int64_t row = block_index() * 8 + thread_index() / 32, groups = (p.n + 7) / 8;
+  const int64_t n = row % (groups * 8), m = row / (groups * 8) * kAnyRows;
+  if (n >= p.n) return;
+  const T* x = reinterpret_cast<const T*>(p.x) + m * p.k;
+  const float offset = load_offset(p.scales);
+  float sum[kAnyRows] = {};
+  for (int64_t k = lane; k < p.k; k += 32) {
+    const int64_t i = n * p.k + k;
+    const float scale = decode_scale(p.scales, load_scale(p.scales, i >> p.scales.shift), offset, kDeviceDynamic.value);
+    const T weight = {uint16_t(pack<T>(multiply(kDeviceNf4.value[nibble(p.codes, i)], scale), 0.0f))};
+#pragma unroll
+    for (int j = 0; j < kAnyRows; ++j)
+      if (m + j < p.m) sum[j] = fused_multiply_add(to_float(weight), to_float(x[j * p.k + k]), sum[j]);
+  }
+  const float bias = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[n]);
+#pragma unroll
+  for (int j = 0; j < kAnyRows; ++j) {
+    for (int mask = 1; mask < 32; mask *= 2) sum[j] = add(sum[j], shuffle_xor(sum[j], mask));
+    if (lane == 0 && m + j < p.m)
+      static_cast<T*>(p.y)[(m + j) * p.n + n] = {uint16_t(pack<T>(add(sum[j], bias), 0.0f))};
+  }
+}
+
+// Rows of whole pieces of 16 bytes, whose 32 columns have one scale, since blocks are of 32 at least.
+bool straight(const Linear& linear) {
+  return linear.k % 32 == 0 && reinterpret_cast<uintptr_t>(linear.codes) % 16 == 0;
+}
+
+template <class T, int kTiles, int kUnit>
+const char* run_instance(const Product& product, int arch, void* stream) {
+  const int shared = linear_layout(arch, kTiles).size;
+  return launch(linear_kernel<T, kTiles, kUnit>, product.schedule.blocks, kLinearThreads, shared, stream, product);
+}
+
+template <class T, int kUnit>
+const char* run_tiles(const Product& product, int arch, void* stream) {
+  if (product.m <= 8) return run_instance<T, 1, kUnit>(product, arch, stream);
+  if (product.m <= 16) return run_instance<T, 2, kUnit>(product, arch, stream);
+  if (product.m <= 32) return run_instance<T, 4, kUnit>(product, arch, stream);
+  // With 64 sums a lane, the other instance spills registers; scales are nothing beside its products.
+  return run_instance<T, 8, 32>(product, arch, stream);
+}
+
+Product product_of(const Linear& linear) {
+  Product product = {};
+  product.codes = linear.codes;
+  product.scales = linear.scales;
+  product.x = static_cast<const uint8_t*>(linear.x);
+  product.bias = linear.bias;
+  product.y = linear.y;
+  product.n = linear.n;
+  product.k = linear.k;
+  product.m = int(linear.m);
+  return product;
+}
+
+template <class T>
+const char* run_any(const Linear& linear, void* stream) {
+  const int64_t blocks = (linear.n + 7) / 8 * ((linear.m + kAnyRows - 1) / kAnyRows);
+  return launch(linear_any<T>, blocks, 256, 0, stream, product_of(linear));
+}
+
+template <class T>
+const char* run_straight(const Linear& linear, uint64_t ticket, void* workspace, void* stream) {
+  int count = 0, arch = 0;
+  if (const char* error = multiprocessors(&count)) return error;
+  if (const char* error = architecture(linear_kernel<T, 1, 64>, &arch)) return error;
+  // A device of little shared memory takes the rows a few at a time, and reads the weight as often.
+  const int64_t most = 8 * most_tiles(arch);
+  for (int64_t m = 0; m < linear.m; m += most) {
+    Linear part = linear;
+    part.m = std::min(most, linear.m - m);
+    part.x = static_cast<const T*>(linear.x) + m * linear.k;
+    part.y = static_cast<T*>(linear.y) + m * linear.n;
+    Product product = product_of(part);
+    product.words = static_cast<uint64_t*>(workspace);
+    product.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + ticket_bytes(linear.n));
+    product.ticket = ticket & 0xffffffffffff;  // the other bits of a word count
+    product.schedule = Schedule::of(linear.n, linear.k, count);
+    const bool wide = linear.k % 64 == 0 && linear.scales.shift >= 6;
+    const char* error = wide ? run_tiles<T, 64>(product, arch, stream) : run_tiles<T, 32>(product, arch, stream);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
+template <class T>
+const char* run(const Linear& linear, uint64_t ticket, void* workspace, void* stream) {
+  // No column at all: the straight kernel would have no step, and y is the bias.
+  if (linear.k == 0 || !straight(linear)) return run_any<T>(linear, stream);
+  return run_straight<T>(linear, ticket, workspace, stream);
+}
+
+}  // namespace
+
+const char* nf4_linear_workspace(const Linear& linear, int64_t* bytes) {
+  *bytes = 0;
+  if (linear.m == 0 || linear.n == 0 || linear.k == 0 || !straight(linear)) return nullptr;
+  int count = 0;
+  if (const char* error = multiprocessors(&count)) return error;
+  const int64_t parts = 2 * int64_t(Schedule::of(linear.n, linear.k, count).blocks);
+  *bytes = ticket_bytes(linear.n) + parts * kTileRows * linear.m * int64_t(sizeof(float));
+  return nullptr;
+}
+
+const char* nf4_linear(const Linear& linear, uint64_t ticket, void* workspace, void* stream) {
+  if (linear.m == 0 || linear.n == 0) return nullptr;
+  return linear.dtype == Dtype::kBFloat16 ? run<Bf16>(linear, ticket, workspace, stream)
+                                          : run<Fp16>(linear, ticket, workspace, stream);
+}
+
+}  // namespace peftrt::cuda

@@ -1,0 +1,287 @@
+// Random shapes through the CUDA kernels on the emulator: decoding and quantising to the CPU kernels' bytes, the
+// product to a double-precision answer.
+//
+//   fuzz_cuda SEED COUNT
+//
+// Every buffer is a heap block of exactly its size. tests/test_cuda_emulated.py builds with AddressSanitizer and
+// UndefinedBehaviorSanitizer.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+#include "cuda_emulator/cuda/device.h"
+#include "nf4.h"
+
+namespace emulator {
+extern std::mt19937_64 random_order;
+}
+
+namespace {
+
+namespace cpu = peftrt::cpu;
+namespace cuda = peftrt::cuda;
+
+std::mt19937_64 generator;
+
+int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[generator() % values.size()]; }
+
+// `size` bytes behind `skip` others, at the end of a heap block that starts at a multiple of 16.
+class Bytes {
+ public:
+  explicit Bytes(int64_t size, int64_t skip = 0) : block_(new uint8_t[size_t(size + skip)]), size_(size), skip_(skip) {
+    std::memset(block_.get(), 0xff, size_t(size + skip));
+  }
+  uint8_t* get() const { return block_.get() + skip_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(get());
+  }
+  int64_t size() const { return size_; }
+  void randomise() const {
+    for (int64_t i = 0; i < size_; ++i) get()[i] = uint8_t(generator());
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> block_;
+  int64_t size_, skip_;
+};
+
+struct Case {
+  int dtype;  // of both enumerations
+  int64_t m, n, k;
+  int shift;
+  bool nested, bias;
+  int64_t skip_codes, skip_floats;  // bytes, and elements, by which addresses are crooked
+};
+
+int64_t width(const Case& c) { return c.dtype == 0 ? 4 : 2; }
+
+float read(const Case& c, const uint8_t* bytes, int64_t i) {
+  if (c.dtype == 0) return reinterpret_cast<const float*>(bytes)[i];
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(bytes)[i];
+  return c.dtype == 1 ? emulator::bf16_to_float(bits) : emulator::fp16_to_float(bits);
+}
+
+void write(const Case& c, const Bytes& bytes, int64_t i, float value) {
+  if (c.dtype == 0) bytes.as<float>()[i] = value;
+  if (c.dtype != 0)
+    bytes.as<uint16_t>()[i] = c.dtype == 1 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
+}
+
+float rounded(const Case& c, float value) {
+  const Bytes one(4);
+  write(c, one, 0, value);
+  return read(c, one.get(), 0);
+}
+
+float normal() { return std::normal_distribution<float>()(generator); }
+
+int fail(const char* what, const Case& c, int64_t i, double got, double want) {
+  std::printf(
+      "%s: dtype %d M %ld N %ld K %ld G %d nested %d bias %d skip %ld %ld on %d: element %ld is %.9g, not %.9g\n", what,
+      c.dtype, long(c.m), long(c.n), long(c.k), 1 << c.shift, c.nested, c.bias, long(c.skip_codes), long(c.skip_floats),
+      emulator::multiprocessors, long(i), got, want);
+  return 1;
+}
+
+int failed(const char* what, const char* error) { return error ? (std::printf("%s: %s\n", what, error), 1) : 0; }
+
+void run_serially(int64_t tasks, cpu::Parallel::Body body, void* context) { body(0, tasks, context); }
+const cpu::Parallel kSerial = {1, run_serially};
+
+// A weight of random codes and scales of either sign.
+struct Weight {
+  Bytes codes, absmax, nested, offset;
+  explicit Weight(const Case& c)
+      : codes((c.n * c.k + 1) / 2, c.skip_codes),
+        absmax(blocks(c) * (c.nested ? 1 : 4)),
+        nested((blocks(c) + 255) / 256 * 4),
+        offset(4) {
+    codes.randomise();
+    absmax.randomise();
+    for (int64_t i = 0; !c.nested && i < blocks(c); ++i) absmax.as<float>()[i] = normal();
+    for (int64_t i = 0; i < nested.size() / 4; ++i) nested.as<float>()[i] = normal();
+    *offset.as<float>() = normal();
+  }
+  static int64_t blocks(const Case& c) { return (c.n * c.k + (int64_t(1) << c.shift) - 1) >> c.shift; }
+  cuda::Scales scales(const Case& c) const {
+    return {absmax.get(), c.nested ? nested.get() : nullptr, offset.get(), c.shift};
+  }
+  // As the CPU decodes it.
+  void decode(const Case& c, cpu::Dtype dtype, void* out) const {
+    const cpu::Weight weight = {codes.get(), absmax.get(), c.nested ? nested.get() : nullptr, *offset.as<float>(), c.n,
+                                c.k,         1 << c.shift};
+    cpu::kernels_for("portable")->nf4_dequantize(weight, dtype, out, kSerial);
+  }
+};
+
+int compare_bytes(const char* what, const Case& c, const Bytes& got, const Bytes& want) {
+  for (int64_t i = 0; i < want.size(); ++i)
+    if (got.get()[i] != want.get()[i]) return fail(what, c, i, got.get()[i], want.get()[i]);
+  return 0;
+}
+
+int run_dequantize(const Case& c) {
+  const int64_t numel = c.n * c.k;
+  const Weight weight(c);
+  const Bytes want(numel * width(c)), got(numel * width(c), c.skip_floats * width(c));
+  weight.decode(c, cpu::Dtype(c.dtype), want.get());
+  const char* error =
+      cuda::nf4_dequantize(weight.codes.get(), weight.scales(c), numel, cuda::Dtype(c.dtype), got.get(), nullptr);
+  return failed("nf4_dequantize", error) || compare_bytes("nf4_dequantize", c, got, want);
+}
+
+// Weights of which some, in some cases, are any bits at all.
+int run_quantize(const Case& c) {
+  const int64_t numel = c.n * c.k, blocks = Weight::blocks(c), runs = (blocks + 255) / 256;
+  const Bytes weight(numel * width(c), c.skip_floats * width(c)), offset(4);
+  const uint64_t wild = generator() % 3 == 0 ? 50 : 0;
+  for (int64_t i = 0; i < numel; ++i) {
+    write(c, weight, i, generator() % 8 ? normal() : float(generator() % 5) - 2);
+    const uint64_t bits = generator();
+    if (wild && bits % wild == 0) std::memcpy(weight.get() + i * width(c), &bits, size_t(width(c)));
+  }
+  const Bytes codes((numel + 1) / 2, c.skip_codes), absmax(4 * blocks), nested_codes(blocks), nested(4 * runs);
+  const Bytes want_codes(codes.size()), want_absmax(absmax.size()), want_nested_codes(blocks), want_nested(4 * runs);
+  *offset.as<float>() = 0.75f;
+  const cpu::Kernels& kernels = *cpu::kernels_for("portable");
+  kernels.nf4_quantize(cpu::Dtype(c.dtype), numel, 1 << c.shift, weight.get(), want_codes.get(), want_absmax.get(),
+                       kSerial);
+  kernels.nf4_quantize_scales(blocks, want_absmax.get(), 0.75f, want_nested_codes.get(), want_nested.get(), kSerial);
+  if (failed("nf4_quantize", cuda::nf4_quantize(cuda::Dtype(c.dtype), weight.get(), numel, c.shift, codes.get(),
+                                                absmax.as<float>(), nullptr)) ||
+      failed("nf4_quantize_scales", cuda::nf4_quantize_scales(absmax.as<float>(), blocks, offset.as<float>(),
+                                                              nested_codes.get(), nested.as<float>(), nullptr)))
+    return 1;
+  return compare_bytes("nf4_quantize, scales", c, absmax, want_absmax) ||
+         compare_bytes("nf4_quantize", c, codes, want_codes) ||
+         compare_bytes("nf4_quantize_scales, nested", c, nested, want_nested) ||
+         compare_bytes("nf4_quantize_scales", c, nested_codes, want_nested_codes);
+}
+
+// Squared errors of all products of all cases, by their results' size: the kernel's, and those of a product with the
+// weight decoded to 16 bits.
+double kernel_error = 0, decoded_error = 0;
+
+struct Linear {
+  const Case& c;
+  const Weight& weight;
+  const Bytes& x;
+  const Bytes& bias;
+
+  // `rows` rows of x from `first` on, with a workspace of any content; twice where a graph would repeat the call.
+  int run(int64_t first, int64_t rows, const Bytes& y, bool twice) const {
+    const cuda::Linear linear = {cuda::Dtype(c.dtype),
+                                 weight.codes.get(),
+                                 weight.scales(c),
+                                 x.get() + first * c.k * 2,
+                                 c.bias ? bias.get() : nullptr,
+                                 y.get(),
+                                 rows,
+                                 c.n,
+                                 c.k};
+    int64_t size = 0;
+    if (failed("nf4_linear_workspace", cuda::nf4_linear_workspace(linear, &size))) return 1;
+    const Bytes workspace(size);
+    workspace.randomise();
+    const uint64_t ticket = generator();
+    const char* error = cuda::nf4_linear(linear, ticket, workspace.get(), nullptr);
+    if (twice && error == nullptr) {
+      std::memset(y.get(), 0xff, size_t(y.size()));
+      error = cuda::nf4_linear(linear, ticket, workspace.get(), nullptr);
+    }
+    return failed("nf4_linear", error);
+  }
+};
+
+// What the kernel is to compute, but for the order and the rounding of its sums; and what it may miss that by.
+int check_linear(const Case& c, const Weight& weight, const Bytes& x, const Bytes& bias, const Bytes& y) {
+  const bool straight = c.k % 32 == 0 && c.skip_codes == 0;
+  std::vector<float> exact(size_t(c.n * c.k));
+  weight.decode(c, cpu::Dtype::kFloat32, exact.data());
+  for (int64_t i = 0; i < c.m * c.n; ++i) {
+    const int64_t m = i / c.n, n = i % c.n;
+    double want = c.bias ? read(c, bias.get(), n) : 0, size = std::fabs(want), truth = want, decoded = want;
+    for (int64_t k = 0; k < c.k; ++k) {
+      const float value = exact[size_t(n * c.k + k)],
+                  level = peftrt::kNf4[peftrt::nibble(weight.codes.get(), n * c.k + k)];
+      const double factor = read(c, x.get(), m * c.k + k), whole = value * factor;
+      // levels are rounded before they are scaled, where the scale is the sums'
+      const double term = straight ? (level == 0 ? 0 : double(value) / level * rounded(c, level)) : rounded(c, value);
+      want += term * factor, size += std::fabs(whole), truth += whole, decoded += rounded(c, value) * factor;
+    }
+    const double got = read(c, y.get(), i), unit = c.dtype == 1 ? 0x1p-8 : 0x1p-11;
+    if (!(std::fabs(got - want) <= 1.02 * unit * std::fabs(want) + 1e-6 * size + 1e-7))
+      return fail("nf4_linear", c, i, got, want);
+    kernel_error += std::pow((got - truth) / (size + 1e-6), 2);
+    decoded_error += std::pow((rounded(c, float(decoded)) - truth) / (size + 1e-6), 2);
+  }
+  return 0;
+}
+
+int compare_row(const char* what, const Case& c, const Bytes& row, const Bytes& y, int64_t m) {
+  for (int64_t i = 0; i < c.n; ++i)
+    if (std::memcmp(row.get() + 2 * i, y.get() + 2 * (m * c.n + i), 2) != 0)
+      return fail(what, c, i, read(c, row.get(), i), read(c, y.get(), m * c.n + i));
+  return 0;
+}
+
+int run_linear(const Case& c) {
+  const Weight weight(c);
+  const Bytes x(c.m * c.k * 2), bias(c.n * 2), y(c.m * c.n * 2), again(c.m * c.n * 2), row(c.n * 2);
+  for (int64_t i = 0; i < c.m * c.k; ++i) write(c, x, i, normal());
+  for (int64_t i = 0; i < c.n; ++i) write(c, bias, i, normal());
+  const Linear linear = {c, weight, x, bias};
+  if (linear.run(0, c.m, y, false) || check_linear(c, weight, x, bias, y)) return 1;
+  // In another order of blocks, and a second time in the same workspace: the same bits.
+  if (linear.run(0, c.m, again, true) || compare_bytes("nf4_linear, again", c, again, y)) return 1;
+  // A row alone has the bits that it has among others; needs the alignment that the binding gives.
+  const int64_t alone = int64_t(generator() % uint64_t(c.m));
+  if (c.k == 0 || alone * c.k * 2 % 16 != 0) return 0;
+  if (linear.run(alone, 1, row, false) || compare_row("nf4_linear, a row alone", c, row, y, alone)) return 1;
+  // Nor does a NaN leave its row.
+  if (c.m == 1) return 0;
+  write(c, x, (alone + 1) % c.m * c.k, NAN);
+  if (linear.run(0, c.m, again, false)) return 1;
+  std::memcpy(row.get(), again.get() + 2 * alone * c.n, size_t(2 * c.n));
+  return compare_row("nf4_linear, a row beside NaN", c, row, y, alone);
+}
+
+int run_seed(uint64_t seed) {
+  generator.seed(seed);
+  emulator::random_order.seed(seed);
+  emulator::multiprocessors = int(1 + generator() % 11);
+  Case c = {};
+  c.dtype = int(generator() % 3);
+  c.n = pick({1, 3, 16, 40, 97});
+  c.k = pick({1, 2, 33, 64, 127, 130, 521, 1000});
+  c.shift = 5 + int(generator() % 8);
+  c.nested = generator() % 2, c.bias = generator() % 2;
+  c.skip_codes = generator() % 4 ? 0 : 1;
+  c.skip_floats = generator() % 4 ? 0 : 1;
+  if (run_dequantize(c) || run_quantize(c)) return 1;
+  c.dtype = 1 + int(generator() % 2);
+  c.m = pick({1, 1, 2, 7, 8, 9, 16, 17, 32, 33, 64});
+  c.n = c.m > 16 ? pick({1, 40, 129, 200}) : pick({1, 5, 127, 128, 129, 300, 385});
+  c.k = c.m > 16 ? pick({31, 32, 96, 256, 320}) : pick({0, 1, 33, 64, 96, 160, 255, 256, 320, 512, 864, 1024});
+  return run_linear(c);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  const uint64_t seed = std::strtoull(argv[1], nullptr, 10), count = std::strtoull(argv[2], nullptr, 10);
+  for (uint64_t i = 0; i < count; ++i)
+    if (run_seed(seed + i)) return std::printf("seed %lu\n", static_cast<unsigned long>(seed + i)), 1;
+  const double ratio = std::sqrt(kernel_error / decoded_error);
+  std::printf("%lu cases; errors %.3f of those of a decoded weight\n", static_cast<unsigned long>(count), ratio);
+  return ratio <= 1.1 ? 0 : 1;
+}

@@ -1,0 +1,151 @@
+"""What nvcc makes of csrc/cuda for sm_90a: it compiles, links, spills nothing, has the instructions that it is to have.
+
+Where there is no nvcc all of it is left out. Nothing here needs a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from peftrt import _build
+from tests.kernels import sass
+
+CSRC = _build.find_csrc()
+NVCC = _build.find_nvcc()
+pytestmark = pytest.mark.skipif(NVCC is None or CSRC is None, reason="nvcc or the sources are not here")
+REGISTERS = 65536  # of a multiprocessor
+THREADS = {"linear_kernel": 512, "linear_any": 1024, "dequantize": 1024, "quantize": 1024, "quantize_scales": 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One instance: what ptxas says of it, and its machine code (empty where the disassembler cannot read it)."""
+
+    name: str
+    report: str
+    code: list[sass.Line]
+
+    @property
+    def family(self) -> str:
+        return next(name for name in sorted(THREADS, key=len, reverse=True) if f"{len(name)}{name}" in self.name)
+
+    def number(self, pattern: str) -> int:
+        found = re.search(pattern, self.report)
+        return int(found[1]) if found else 0
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    """Every kernel of csrc/cuda, compiled for sm_90a with the flags of the build."""
+    assert CSRC is not None
+    assert NVCC is not None
+    found = []
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        cubin = tmp_path_factory.mktemp("cubin") / f"{source.stem}.cubin"
+        flags = [flag for flag in _build.CUDA_FLAGS if not flag.startswith("-Xcompiler")]
+        target = ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
+        command = [*NVCC, *flags, *target, f"-I{CSRC}", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        code = machine_code(cubin)
+        for report in (done.stdout + done.stderr).split("Compiling entry function")[1:]:
+            name = report.split("'")[1]
+            found.append(Kernel(name, report, code.get(name, [])))
+    return found
+
+
+def machine_code(cubin: Path) -> dict[str, list[sass.Line]]:
+    """The instructions of each function; nothing where the disassembler is older than the compiler."""
+    command = [str(sass.TOOLS / "nvdisasm"), "-c", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {}
+    parts = re.split(r"^\.text\.(\S+):$", done.stdout, flags=re.MULTILINE)
+    return {name: sass.parse(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def linear(kernels: list[Kernel]) -> list[Kernel]:
+    found = [kernel for kernel in kernels if kernel.family == "linear_kernel"]
+    if not all(kernel.code for kernel in found):
+        pytest.skip("the disassembler does not read this compiler's code")
+    return found
+
+
+def test_nothing_is_spilt_and_registers_fit(kernels: list[Kernel]) -> None:
+    assert {kernel.family for kernel in kernels} == set(THREADS)
+    for kernel in kernels:
+        assert kernel.number(r"(\d+) bytes spill stores") == 0, kernel.report
+        assert kernel.number(r"(\d+) bytes stack frame") == 0, kernel.report
+        assert kernel.number(r"Used (\d+) registers") * THREADS[kernel.family] <= REGISTERS, kernel.report
+
+
+def test_products_are_tensor_cores_and_copies_are_16_bytes(kernels: list[Kernel]) -> None:
+    # both dtypes; 8 ... 32 rows with scales by 32 and by 64 columns, 64 rows with the first
+    assert len(linear(kernels)) == 2 * (2 * 3 + 1)
+    for kernel in linear(kernels):
+        assert sass.count(kernel.code, "HMMA") > 0, kernel.name
+        assert sass.count(kernel.code, "LDSM") > 0, kernel.name
+        copies = [text for kind, text in kernel.code if kind == "instruction" and text.startswith("LDGSTS")]
+        assert copies, kernel.name
+        assert all("128" in text.split()[0] for text in copies), copies
+        assert sass.count(kernel.code, "LDL", "STL") == 0, kernel.name
+
+
+def test_a_look_up_is_two_instructions_and_nothing_branches(kernels: list[Kernel]) -> None:
+    for kernel in linear(kernels):
+        block = next(block for block in basic_blocks(kernel.code) if any(text.startswith("HMMA") for text in block))
+        # a lane looks 16 bytes up for 32 columns of 32 rows, and does so twice where the loop is unrolled
+        permutations = sum(text.startswith("PRMT") for text in block)
+        assert permutations in (16, 32), kernel.name
+        look_ups = [text for text in block if re.match(r"LDS R\d+, \[R\d+\+0x400\]", text)]
+        assert len(look_ups) == permutations, kernel.name
+        few_rows = sum(text.startswith("HMMA") for text in block) == 8
+        if few_rows:
+            # beside an address and a look-up, for every two weights, what is left is for 8 rows of x at most as much
+            assert len(block) <= 4 * permutations, (kernel.name, len(block))
+
+
+def basic_blocks(code: list[sass.Line]) -> list[list[str]]:
+    blocks: list[list[str]] = [[]]
+    for kind, text in code:
+        if kind == "label":
+            blocks.append([])
+            continue
+        blocks[-1].append(text)
+        if text.split()[0].split(".")[0] in ("BRA", "EXIT", "RET", "CALL"):
+            blocks.append([])
+    return blocks
+
+
+def test_decoding_is_below_the_roof_of_memory(kernels: list[Kernel]) -> None:
+    """15.6 instructions a weight and lane are what 4.8 TB/s leave for 16-bit outputs: csrc/cuda/nf4_dequantize.cu."""
+    found = [kernel for kernel in kernels if kernel.family == "dequantize" and "Lb1E" in kernel.name]
+    assert len(found) == 3
+    if not all(kernel.code for kernel in found):
+        pytest.skip("the disassembler does not read this compiler's code")
+    for kernel in found:
+        stores = sum(kind == "instruction" and text.startswith("STG.E.EF.128") for kind, text in kernel.code)
+        assert stores == 4, kernel.name
+        if "f16" in kernel.name:
+            loop = max(len(block) for block in basic_blocks(kernel.code))
+            assert loop / 32 < 12, (kernel.name, loop)
+
+
+def test_the_library_is_compiled_and_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTRT_CUDA_ARCHS", "9.0a")
+    plan = dataclasses.replace(_build.plan("cuda"), targets=("cuda",))
+    (library,) = _build.build(plan, tmp_path)
+    assert library.name == "libpeftrt_cuda.so"
+    stamp = _build.read_stamp(tmp_path, "cuda")
+    assert stamp is not None
+    assert stamp["archs"] == ["9.0a"]
+    listing = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+    missing = {line.split()[-1] for line in listing.stdout.splitlines()}
+    # the runtime of CUDA is in it; what torch has for CUDA comes from torch
+    assert not [name for name in missing if name.startswith(("cuda", "__cuda"))]
+    assert "aoti_torch_get_current_cuda_stream" in missing
