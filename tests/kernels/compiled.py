@@ -81,7 +81,7 @@ def dequantize_variants(target: str) -> Iterator[Variant]:
             for block in (32, 64, 4096):
                 for size in ("i32", "i64"):
                     types = _weight_types(nested) | {"p_out": f"*{dtype}", "numel": size, "num_bytes": size}
-                    constants = {"BLOCK": block, "ROWS": nf4_dequantize.ROWS, "NESTED": nested}
+                    constants = {"BLOCK": block, "GROUPS": nf4_dequantize.GROUPS, "NESTED": nested}
                     name = f"nf4_dequantize {dtype} nested={nested} block={block} {size}"
                     options = {"num_warps": nf4_dequantize.WARPS}
                     round_sizes = block == 64
