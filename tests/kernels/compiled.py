@@ -87,6 +87,14 @@ def dequantize_variants(target: str) -> Iterator[Variant]:
                     round_sizes = block == 64
                     kernel = nf4_dequantize.nf4_dequantize_kernel
                     yield Variant(name, target, kernel, types, constants, options, round_sizes, False)
+            for block in (64, 4096):
+                types = _weight_types(nested) | {"p_out": f"*{dtype}"}
+                types |= dict.fromkeys(("groups", "row_bytes", "first_byte", "out_groups"), "i32")
+                constants = {"BLOCK": block, "GROUPS": nf4_dequantize.GROUPS, "NESTED": nested}
+                name = f"nf4_dequantize_columns {dtype} nested={nested} block={block}"
+                options = {"num_warps": nf4_dequantize.WARPS}
+                kernel = nf4_dequantize.nf4_dequantize_columns_kernel
+                yield Variant(name, target, kernel, types, constants, options, True, False)
 
 
 def linear_variants(target: str) -> Iterator[Variant]:
@@ -138,7 +146,7 @@ def _nvidia_faults(variant: Variant, code: Any) -> list[str]:
     ptx, found = code.asm["ptx"], []
     if "fma.rn.f32" in ptx:
         found.append("a product and a sum are contracted")
-    if variant.kernel is nf4_dequantize.nf4_dequantize_kernel:
+    if variant.kernel in (nf4_dequantize.nf4_dequantize_kernel, nf4_dequantize.nf4_dequantize_columns_kernel):
         found += _rounding_faults(variant, ptx)
     if variant.tensor_cores and not any(name in ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")):
         found.append("no tensor-core instruction")
