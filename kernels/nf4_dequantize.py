@@ -75,21 +75,21 @@ def nf4_dequantize_columns_kernel(
 ):
     """The same for a range of columns: ``out_groups`` groups of every row, from ``first_byte`` of its ``row_bytes``.
 
-    ``groups`` is how many groups ``out`` has. Rows and blocks are multiples of 64 weights.
+    ``groups`` is how many groups ``out`` has, fewer than 2^31. Rows and blocks are multiples of 64 weights.
     """
-    i_program = tl.program_id(0).to(tl.int64)
     o_lane = tl.arange(0, GROUPS * 16)
-    # where each byte, and each group, lies: in which row of W, and in which place of it
-    o_byte_group = i_program * GROUPS + o_lane // 16
-    o_byte = (o_byte_group // out_groups) * row_bytes + first_byte + (o_byte_group % out_groups) * 16 + o_lane % 16
-    o_group = i_program * GROUPS + tl.arange(0, GROUPS)
-    o_block = (o_group // out_groups) * row_bytes + first_byte + (o_group % out_groups) * 16
+    # for each byte, and for each group: its row of W, and its place there
+    o_byte_group = tl.program_id(0) * GROUPS + o_lane // 16
+    o_byte = (o_byte_group // out_groups).to(tl.int64) * row_bytes
+    o_byte += first_byte + (o_byte_group % out_groups) * 16 + o_lane % 16
+    o_group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    o_block = (o_group // out_groups).to(tl.int64) * row_bytes + first_byte + (o_group % out_groups) * 16
     o_block = o_block // (BLOCK // 2)
     p_scales = (p_absmax, p_nested_absmax, p_nested_offset)
     b_value = decode_groups(
         p_codes, p_scales, p_tables, o_byte, o_byte_group < groups, o_block, o_group < groups, NESTED
     )
-    o_element = o_group[:, None] * 32 + tl.arange(0, 32)[None, :]
+    o_element = o_group.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(p_out + o_element, b_value.to(p_out.dtype.element_ty), mask=(o_group < groups)[:, None])
 
 
@@ -157,7 +157,7 @@ def nf4_dequantize_columns(
         codes, absmax, nested_absmax, nested_offset, tables, block_size: of the whole weight, as of ``nf4_dequantize``.
         k: a multiple of 64, as is ``block_size``.
         first: a multiple of 64.
-        out: [N, columns], contiguous; columns a multiple of 64.
+        out: [N, columns], contiguous, of fewer than 2^36 elements; columns a multiple of 64.
     """
     if out.numel() == 0:
         return

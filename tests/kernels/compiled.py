@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -102,7 +102,9 @@ def linear_variants(target: str) -> Iterator[Variant]:
     for dtype, itemsize in DTYPES.items():
         for dx in (False, True):
             for align, block in ((CHUNKS, 64), (CHUNKS, 256), (STRADDLING, 64), (STRADDLING, 32), (ODD, 64), (ODD, 32)):
-                for config in nf4_linear.configs(architecture, dx, itemsize, align.value):
+                # ranges of rows may share a tile
+                ranges = nf4_linear.configs(architecture, dx, itemsize, align.value)
+                for config in dict.fromkeys(replace(config, rows=0) for config in ranges):
                     for nested in (True, False):
                         for split in (False, True) if config.split else (False,):
                             yield _linear(target, dtype, dx, align.value, block, config, nested, split)
