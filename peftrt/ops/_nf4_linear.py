@@ -29,9 +29,10 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         ``[..., N]`` in x's dtype. A row's bits do not depend on the other rows as long as M stays within one kernel's
         range; another range of M may sum in another order. On a CPU neither the number of threads nor what else runs
         changes a bit. On CUDA the ranges are those of peftrt/ops/_paths.py, for bf16 and fp16 on a Hopper: M to 64
-        (native, where it is built), to 511 (Triton's tiles, which have ranges of their own), and more (parts of W
-        decoded, then cuBLAS, which chooses its kernels by M: there a row's bits may change with every M). Two runs of
-        one call give the same bits in each.
+        (native, where it is built), to 511 (Triton's tiles, in ranges of their own), and more (parts of W are decoded
+        and multiplied by cuBLAS, which chooses its kernels by M: there a row's bits may change with every M). The last
+        heeds torch's switches for cuBLAS: ``torch.backends.cuda.matmul.allow_tf32`` for fp32, and
+        ``allow_bf16_reduced_precision_reduction``, on by default, which lets it round partial sums to bf16.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -74,6 +75,10 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 
 
 def _native_slower(x: Tensor, *rest: Any) -> str | None:
+    return None if x.is_cpu else _cuda_slower(x, *rest)
+
+
+def _cuda_slower(x: Tensor, *rest: Any) -> str | None:
     if _way("forward", x, rest) != _paths.TILE or _triton.unsupported(x, x.dtype) is not None:
         return None
     return f"at M = {_paths.rows_of(x)} tiles by Triton are expected to be faster on this device"

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from peftrt.kernels import nf4_linear
+from peftrt.ops import _paths
 from tests.kernels import compiled, sass
 
 SAMPLE = compiled.sample(1, seed=1)
@@ -50,6 +51,16 @@ def test_every_number_of_rows_has_a_configuration() -> None:
         rows = [config.rows for config in configs]
         assert rows == sorted(set(rows))
         assert rows[-1] == nf4_linear.MANY
+
+
+def test_every_range_is_one_that_the_table_sends_here() -> None:
+    """Beyond its limit calls go by panels, except where blocks straddle rows."""
+    for name, limits in _paths.TABLE.items():
+        architecture = {"sm_100": "sm_90"}.get(name, name)
+        for (direction, itemsize), limit in limits.items():
+            *ranges, last = nf4_linear.CONFIGS[architecture, direction, itemsize]
+            assert last.rows == nf4_linear.MANY
+            assert all(config.rows < limit.tile for config in ranges), (name, direction, itemsize)
 
 
 @pytest.mark.parametrize(

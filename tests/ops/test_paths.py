@@ -21,11 +21,13 @@ from peftrt.reference import nf4 as reference
 from tests.cases import nf4, randn
 from tests.tolerances import assert_close, assert_same_bits
 
+# tensors of a device that need not be there: shapes without memory
+FAKE = FakeTensorMode()
 KEYS = {(direction, itemsize) for direction in ("forward", "dx") for itemsize in (2, 4)}
 
 
 def on_cuda(m: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    with FakeTensorMode():
+    with FAKE:
         return torch.empty(m, features, dtype=dtype, device="cuda")
 
 
@@ -34,7 +36,7 @@ WEIGHT = weight_args("nf4_linear", nf4(512, 256))
 
 def arguments(m: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
     """Of nf4_linear on a device that need not be there."""
-    with FakeTensorMode():
+    with FAKE:
         tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in WEIGHT[:4]]  # type: ignore[union-attr]
     return (on_cuda(m, WEIGHT.k, dtype), *tensors, *WEIGHT[4:], None)
 
@@ -156,6 +158,33 @@ def test_decoding_and_quantising_are_native_first(hopper: pytest.MonkeyPatch) ->
     assert chosen("nf4_quantize", (on_cuda(n, k), 64, True)) == "native"
 
 
+def test_cuda_tensors_go_to_the_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decodes and quantises, on tensors without memory: which functions are called, with which sizes."""
+    calls: list[tuple[str, list[int]]] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: calls.append((name, [a.numel() for a in args if isinstance(a, Tensor)]))
+
+    monkeypatch.setattr(torch.ops, "peftrt_cuda", Recorder())
+    monkeypatch.setattr(torch.ops, "peftrt_cpu", None)
+    run = {name: next(b.run for b in OPS[name].backends if b.name == "native") for name in OPS if "quantize" in name}
+    _, *weight, n, k, block, _ = arguments(1)
+    with FAKE:
+        run["nf4_dequantize"](*weight, [n, k], block, torch.bfloat16)
+        run["nf4_dequantize.out"](*weight, [n, k], block, torch.empty(n, k, device="cuda"))
+        results = run["nf4_quantize"](torch.empty(n, k, device="cuda"), block, True)
+    tensors = [512 * 256 // 2, 2048, 4 * 8, 4]
+    assert [result.numel() for result in results] == tensors
+    assert all(result.device.type == "cuda" for result in results)
+    assert calls == [
+        ("nf4_dequantize", [*tensors, n * k]),
+        ("nf4_dequantize", [*tensors, n * k]),
+        ("nf4_quantize", [n * k, tensors[0], 4 * tensors[1]]),
+        ("nf4_quantize_scales", [4 * tensors[1], 4, tensors[1], tensors[2]]),
+    ]
+
+
 class Library:
     """``torch.ops.peftrt_cuda`` in plain torch, on CPU tensors, with a note of each call."""
 
@@ -190,8 +219,9 @@ def library(hopper: pytest.MonkeyPatch) -> Iterator[Library]:
     made = Library()
     hopper.setattr(torch.ops, "peftrt_cuda", made)
     op = OPS["nf4_linear"]
-    ways = [dataclasses.replace(b, run=_nf4_linear._native_cuda) if b.name == "native" else b for b in op.backends]
-    hopper.setitem(op.__dict__, "backends", tuple(ways))
+    native, *others = op.backends
+    native = dataclasses.replace(native, run=_nf4_linear._native_cuda, slower=_nf4_linear._cuda_slower)
+    hopper.setitem(op.__dict__, "backends", (native, *others))
     hopper.delitem(op.__dict__, "strict", raising=False)
     limits = _paths.TABLE["sm_90"]["forward", 2]
     hopper.setattr(
