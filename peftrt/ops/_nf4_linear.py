@@ -115,6 +115,8 @@ def _native_decode(*args: Any) -> None:
 
 
 def _native_dx_unsupported(dy: Tensor, *_: Any) -> str | None:
+    if dy.device.type == "cuda":
+        return "has kernels for the CPU; on CUDA devices the input gradient is Triton's"
     return _native.unsupported(dy, dy.dtype)
 
 

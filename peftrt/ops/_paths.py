@@ -26,14 +26,14 @@ class Limits(NamedTuple):
     tile: int
 
 
-# **Nothing here is measured on a device**: the limits are where shares of the tensor cores' peak cross, counted from
-# compiled code and data sheets (November 2026).
-# - TILE decodes a weight in 6.8 instructions (sm_90, nested scales, Triton 3.7.1), 128 of them a clock and
-#   multiprocessor, beside BM products of the tensor cores. Where the two do not overlap, that leaves 54 % of their
-#   peak with 128 rows on sm_90 and with 64 on sm_80, 70 % with 256 rows on sm_90, 37 % with 128 on sm_100.
-# - PANELS reads half a byte and writes two for each weight before cuBLAS starts, the time of so many rows of tensor
-#   work: 253 on an H200 (4.8 TB/s, 989 TFLOP/s), 203 on an A100, 351 on a B200, 308 on an MI300X. So at M rows it
-#   leaves M / (M + 253) of the peak on an H200: 50 % at 256, 67 % at 512, 89 % at 2048.
+# **Nothing here is measured on a device**: the limits lie where shares of the tensor cores' peak cross, counted from
+# compiled code (Triton 3.7.1 for sm_90, nested scales) and data sheets, November 2026.
+# - TILE decodes a weight in 7.3 instructions for 128 rows, 6.8 for 64, with 128 issued a clock and multiprocessor. If
+#   nothing overlapped, products would get 52 % of the time on sm_90 (128 rows, 2048 products a clock), 54 % on sm_80 (64
+#   rows, 1024 a clock), 35 % on sm_100 (4096 a clock); two programs a multiprocessor overlap in part.
+# - PANELS reads half a byte and writes two for each weight before cuBLAS starts, the time of so many rows of products:
+#   253 on an H200 (4.8 TB/s, 989 TFLOP/s), 203 on an A100, 351 on a B200, 308 on an MI300X. Of M rows' time that leaves
+#   M / (M + 253) on an H200: 50 % at 256, 67 % at 512, 89 % at 2048.
 # - DECODE is bound by memory up to about 56 rows on an H200.
 # - fp32: decoding first costs the time of some 28 rows, and cuBLAS multiplies in fp32, where a tile of Triton's takes
 #   three products of TF32.

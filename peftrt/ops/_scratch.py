@@ -112,11 +112,16 @@ def _shared(buffer: Tensor) -> bool:
     """Whether the memory is of the pool that everything allocates from, so that it may be kept.
 
     Inside ``torch.cuda.use_mem_pool``, and while ``torch.compile`` warms a CUDA graph up, it is of a pool whose owner
-    counts what is left in it. Asked once an allocation: a list of the allocator's segments takes it milliseconds.
+    counts what is left in it. Asked once an allocation: the allocator makes a list of its segments for it. One that has
+    no such list, as cudaMallocAsync, is asked for memory by every call.
     """
     if not buffer.is_cuda:
         return True
-    for segment in torch.cuda.memory_snapshot():
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:
+        return False
+    for segment in segments:
         start = segment["address"]
         if segment["device"] == buffer.device.index and start <= buffer.data_ptr() < start + segment["total_size"]:
             return tuple(segment["segment_pool_id"]) == (0, 0)

@@ -142,6 +142,14 @@ def test_the_pool_of_a_buffer_is_read_from_the_allocator(
     assert _scratch._shared(OnCuda()) is shared  # type: ignore[arg-type]
 
 
+def test_an_allocator_without_segments_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("cudaMallocAsync does not support it")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", refuse)
+    assert not _scratch._shared(OnCuda())  # type: ignore[arg-type]
+
+
 def test_more_than_the_limit_is_refused() -> None:
     with pytest.raises(ValueError, match=f"scratch: {_scratch.LIMIT + 4} bytes are more than {_scratch.LIMIT}"):
         with scratch(X, (1, _scratch.LIMIT // 4 + 1)):
