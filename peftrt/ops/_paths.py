@@ -29,8 +29,8 @@ class Limits(NamedTuple):
 # **Nothing here is measured on a device**: the limits lie where shares of the tensor cores' peak cross, counted from
 # compiled code (Triton 3.7.1 for sm_90, nested scales) and data sheets, November 2026.
 # - TILE decodes a weight in 7.3 instructions for 128 rows, 6.8 for 64, with 128 issued a clock and multiprocessor. If
-#   nothing overlapped, products would get 52 % of the time on sm_90 (128 rows, 2048 products a clock), 54 % on sm_80 (64
-#   rows, 1024 a clock), 35 % on sm_100 (4096 a clock); two programs a multiprocessor overlap in part.
+#   nothing overlapped, products would get 52 % of the time on sm_90 (128 rows, 2048 products a clock), 54 % on sm_80
+#   (64 rows, 1024 a clock), 35 % on sm_100 (4096 a clock); two programs a multiprocessor overlap in part.
 # - PANELS reads half a byte and writes two for each weight before cuBLAS starts, the time of so many rows of products:
 #   253 on an H200 (4.8 TB/s, 989 TFLOP/s), 203 on an A100, 351 on a B200, 308 on an MI300X. Of M rows' time that leaves
 #   M / (M + 253) on an H200: 50 % at 256, 67 % at 512, 89 % at 2048.
