@@ -43,8 +43,8 @@ def scratch(like: Tensor, shape: tuple[int, int]) -> Iterator[Tensor]:
     if size > LIMIT:
         raise ValueError(f"scratch: {size} bytes are more than {LIMIT}")
     key = None if _capturing(like.device) else (like.device, _stream(like.device))
-    buffer = _take(key)
-    if buffer is None or buffer.numel() < size:
+    buffer = _take(key, size)
+    if buffer is None:
         # under inference mode the buffer would be one that no call outside of it may write
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
@@ -81,9 +81,13 @@ def _matches(device: torch.device, wanted: torch.device) -> bool:
     return device.type == wanted.type and wanted.index in (None, device.index)
 
 
-def _take(key: Key | None) -> Tensor | None:
+def _take(key: Key | None, size: int) -> Tensor | None:
+    """The stream's buffer, no longer among those kept. One that is too small is given up before another is made."""
+    if key is None:
+        return None
     with _lock:
-        return None if key is None else _buffers.pop(key, None)
+        buffer = _buffers.pop(key, None)
+    return buffer if buffer is not None and buffer.numel() >= size else None
 
 
 def _put(key: Key | None, buffer: Tensor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from peftrt.reference import nf4 as reference
 from tests.cases import nf4, randn
 from tests.tolerances import assert_close, assert_same_bits
 
+HEADER = Path(__file__).parents[2] / "csrc" / "cuda" / "kernels.h"
 # tensors of a device that need not be there: shapes without memory
 FAKE = FakeTensorMode()
 KEYS = {(direction, itemsize) for direction in ("forward", "dx") for itemsize in (2, 4)}
@@ -63,6 +66,12 @@ def test_every_class_has_every_pass_and_size() -> None:
             assert 0 <= limits.decode <= limits.tile
             # the CUDA kernel has no more rows, no other dtypes and no input gradient
             assert limits.decode <= (_paths.NATIVE_ROWS if (direction, itemsize) == ("forward", 2) else 0)
+
+
+@pytest.mark.skipif(not HEADER.is_file(), reason="this checkout has no CUDA kernels")
+def test_the_table_and_the_kernel_agree_on_its_rows() -> None:
+    found = re.findall(r"kMaxRows\s*=\s*(\d+)", HEADER.read_text())
+    assert found == [str(_paths.NATIVE_ROWS)]
 
 
 @pytest.mark.parametrize(
