@@ -66,8 +66,10 @@ def _fake_dx(dy: Tensor, *weight: Any) -> Tensor:
 
 
 def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
-    if x.is_cpu:
-        return _native.unsupported(x, x.dtype)
+    return _native.unsupported(x, x.dtype) if x.is_cpu else _cuda_unsupported(x, *rest)
+
+
+def _cuda_unsupported(x: Tensor, *rest: Any) -> str | None:
     reason = _native.cuda_unsupported(x, x.dtype)
     if reason is None and not _decodes(x) and not _panels.rows_fit(WeightArgs(*rest[:7]), x.element_size()):
         return f"takes {_paths.NATIVE_ROWS} rows of bf16 or fp16, and more where panels of W can be decoded apart"
@@ -101,11 +103,14 @@ def _native_forward(x: Tensor, *rest: Any) -> Tensor:
 
 def _native_cuda(x: Tensor, *rest: Any) -> Tensor:
     """A few rows by the kernel, more by panels that the library decodes."""
+    reason = _cuda_unsupported(x, *rest)
+    if reason is not None:
+        raise RuntimeError(f"nf4_linear: native {reason}")
     if _decodes(x):
         return torch.ops.peftrt_cuda.nf4_linear.default(x, *rest)
     # cuBLAS would take more than fits, such as a bias that can be broadcast, and round fp32 for autocast
-    if torch.is_autocast_enabled(x.device.type) or _native_unsupported(x, *rest) is not None:
-        raise RuntimeError("nf4_linear: not by panels under autocast, or for this call")
+    if torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError("nf4_linear: panels are not for autocast")
     _check(x, *rest)
     return _panels_forward(_native_decode, x, *rest)
 

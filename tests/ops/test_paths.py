@@ -281,6 +281,17 @@ def test_a_call_that_triton_does_faster_goes_round(library: Library, monkeypatch
     assert library.calls == []
 
 
+def test_on_a_device_that_the_library_is_not_for_nothing_is_launched(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strict backend is tried before it is asked what it cannot take."""
+    monkeypatch.setattr(_native, "cuda_unsupported", lambda x, dtype: "is compiled for another capability")
+    for m in (3, 600):
+        with pytest.raises(RuntimeError, match="nf4_linear: native is compiled for another capability"):
+            native(*call(m))
+    assert library.calls == []
+
+
 def test_panels_refuse_what_cublas_would_take(library: Library) -> None:
     x, *rest = call(600)
     bias = rest[-1]
