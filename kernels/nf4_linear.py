@@ -171,8 +171,8 @@ def sum_splits_kernel(p_parts, p_bias, p_out, numel, columns, splits, BIAS: tl.c
 class Config:
     """A tile and its schedule, for calls of up to ``rows`` rows.
 
-    The sum runs over BK in the forward pass and over BN in dX. ``split`` shares it among programs where the tiles alone
-    would not fill the device.
+    The sum runs over BK in the forward pass and over BN in dX. ``split`` shares it among programs where the tiles of
+    the fewest rows that come here would not fill the device.
     """
 
     rows: int
@@ -188,50 +188,86 @@ MANY = 1 << 62
 # For whole chunks, by architecture (sm_90 and up, sm_8x, AMD), pass and bytes of an element. Chosen by compiled code
 # alone: instructions a weight, no spills, shared memory under 99 KB (64 KB on AMD). Not measured on a device. At
 # least 64 weights a thread, so that each scale of a tile is decoded once; BM under 64 for fp32, so that mma.sync is
-# chosen and not wgmma from registers.
+# chosen and not wgmma from registers. From 65 rows on sm_90 tiles are small enough for two programs a multiprocessor,
+# one of which decodes while the other multiplies. Hundreds of rows are the most that come here (peftrt/ops/_paths.py),
+# except where blocks straddle rows; ranges end where a tile of rows begins, so that sums are split no more than needed.
 CONFIGS: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("sm_90", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=4, split=True),
         Config(64, 64, 128, 64, warps=4, stages=3, split=True),
+        Config(128, 128, 128, 64, warps=4, stages=3, split=True),
         Config(256, 128, 128, 64, warps=4, stages=3, split=True),
-        Config(MANY, 128, 256, 64, warps=8, stages=3),
+        Config(MANY, 128, 128, 64, warps=4, stages=3, split=True),
     ),
     ("sm_90", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=4, split=True),
         Config(64, 64, 64, 128, warps=4, stages=4, split=True),
+        Config(128, 128, 64, 128, warps=4, stages=3, split=True),
         Config(256, 128, 64, 128, warps=4, stages=3, split=True),
-        Config(MANY, 128, 64, 256, warps=8, stages=3),
+        Config(MANY, 128, 64, 128, warps=4, stages=3, split=True),
     ),
-    ("sm_90", "forward", 4): (Config(MANY, 32, 128, 64, warps=8, stages=2),),
-    ("sm_90", "dx", 4): (Config(MANY, 32, 64, 128, warps=8, stages=2),),
+    ("sm_90", "forward", 4): (
+        Config(32, 32, 128, 64, warps=8, stages=2, split=True),
+        Config(MANY, 32, 128, 64, warps=8, stages=2, split=True),
+    ),
+    ("sm_90", "dx", 4): (
+        Config(32, 32, 64, 128, warps=8, stages=2, split=True),
+        Config(MANY, 32, 64, 128, warps=8, stages=2, split=True),
+    ),
     # mma.sync takes both operands from registers: larger tiles spill
     ("sm_80", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=4, split=True),
         Config(64, 64, 128, 64, warps=4, stages=3, split=True),
-        Config(MANY, 64, 128, 64, warps=4, stages=3),
+        Config(128, 64, 128, 64, warps=4, stages=3, split=True),
+        Config(MANY, 64, 128, 64, warps=4, stages=3, split=True),
     ),
     ("sm_80", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=4, split=True),
         Config(64, 64, 64, 128, warps=4, stages=4, split=True),
-        Config(MANY, 64, 64, 128, warps=4, stages=4),
+        Config(128, 64, 64, 128, warps=4, stages=4, split=True),
+        Config(MANY, 64, 64, 128, warps=4, stages=4, split=True),
     ),
-    ("sm_80", "forward", 4): (Config(MANY, 32, 128, 64, warps=8, stages=2),),
-    ("sm_80", "dx", 4): (Config(MANY, 32, 64, 128, warps=8, stages=2),),
+    ("sm_80", "forward", 4): (
+        Config(32, 32, 128, 64, warps=8, stages=2, split=True),
+        Config(MANY, 32, 128, 64, warps=8, stages=2, split=True),
+    ),
+    ("sm_80", "dx", 4): (
+        Config(32, 32, 64, 128, warps=8, stages=2, split=True),
+        Config(MANY, 32, 64, 128, warps=8, stages=2, split=True),
+    ),
     ("hip", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=2, split=True),
-        Config(MANY, 128, 128, 64, warps=4, stages=2),
+        Config(128, 128, 128, 64, warps=4, stages=2, split=True),
+        Config(MANY, 128, 128, 64, warps=4, stages=2, split=True),
     ),
     ("hip", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=2, split=True),
-        Config(MANY, 128, 64, 128, warps=4, stages=2),
+        Config(128, 128, 64, 128, warps=4, stages=2, split=True),
+        Config(MANY, 128, 64, 128, warps=4, stages=2, split=True),
     ),
-    ("hip", "forward", 4): (Config(MANY, 32, 64, 64, warps=4, stages=2),),
-    ("hip", "dx", 4): (Config(MANY, 32, 64, 64, warps=4, stages=2),),
+    ("hip", "forward", 4): (
+        Config(32, 32, 64, 64, warps=4, stages=2, split=True),
+        Config(MANY, 32, 64, 64, warps=4, stages=2, split=True),
+    ),
+    ("hip", "dx", 4): (
+        Config(32, 32, 64, 64, warps=4, stages=2, split=True),
+        Config(MANY, 32, 64, 64, warps=4, stages=2, split=True),
+    ),
 }
-# Where blocks straddle rows, on every device and in both passes, by bytes of an element.
+# Where blocks straddle rows, on every device and in both passes, by bytes of an element. Gradients of any number of
+# rows come here: columns cannot be decoded apart.
 STRADDLING_CONFIGS: dict[int, tuple[Config, ...]] = {
-    2: (Config(16, 16, 64, 64, warps=4, stages=2, split=True), Config(MANY, 128, 64, 64, warps=8, stages=2)),
-    4: (Config(MANY, 32, 64, 64, warps=8, stages=1),),
+    2: (
+        Config(16, 16, 64, 64, warps=4, stages=2, split=True),
+        Config(128, 128, 64, 64, warps=8, stages=2, split=True),
+        Config(512, 128, 64, 64, warps=8, stages=2, split=True),
+        Config(MANY, 128, 64, 64, warps=8, stages=2),
+    ),
+    4: (
+        Config(32, 32, 64, 64, warps=8, stages=1, split=True),
+        Config(128, 32, 64, 64, warps=8, stages=1, split=True),
+        Config(MANY, 32, 64, 64, warps=8, stages=1),
+    ),
 }
 # Products of fp32: three of TF32 on NVIDIA's tensor cores (errors near 1e-6), plain fp32 on AMD and in the interpreter.
 PRECISION = {"sm_90": "tf32x3", "sm_80": "tf32x3", "hip": "ieee"}
@@ -309,10 +345,10 @@ def _launch(
     N, K = (x.shape[1], out.shape[1]) if dx else (out.shape[1], x.shape[1])
     architecture = architecture_of(x.device)
     align = alignment(K, block_size)
-    config = next(c for c in configs(architecture, dx, x.element_size(), align) if c.rows >= M)
+    config, fewest = _config(configs(architecture, dx, x.element_size(), align), M)
     tiles = triton.cdiv(K, config.BK) if dx else triton.cdiv(N, config.BN)
     total = triton.cdiv(N, config.BN) if dx else triton.cdiv(K, config.BK)
-    steps = _steps(config, tiles, total, x.device)
+    steps = _steps(config, tiles * triton.cdiv(fewest, config.BM), total, x.device)
     splits = triton.cdiv(total, steps)
     parts = out if splits == 1 else out.new_empty((splits, M, out.shape[1]), dtype=torch.float32)
     nested = nested_absmax is not None
@@ -342,12 +378,23 @@ def _launch(
             )
 
 
-def _steps(config: Config, tiles: int, total: int, device: torch.device) -> int:
-    """Steps of the sum that a program takes: two programs a multiprocessor, from N and K alone.
+def _config(ranges: tuple[Config, ...], M: int) -> tuple[Config, int]:
+    """The configuration for M rows, and the fewest rows that it serves."""
+    fewest = 1
+    for config in ranges:
+        if config.rows >= M:
+            break
+        fewest = config.rows + 1
+    return config, fewest
 
-    M has no say, so that a row's bits depend on its own values within the range of a configuration.
+
+def _steps(config: Config, tiles: int, total: int, device: torch.device) -> int:
+    """Steps of the sum that a program takes, so that ``tiles`` and their splits are two programs a multiprocessor.
+
+    Never more, which would wait for a second round. ``tiles`` are those of the fewest rows of the configuration's
+    range: M has no say, so that a row's bits depend on its own values within the range.
     """
     if not config.split:
         return max(total, 1)
-    splits = min(triton.cdiv(2 * processors(device), tiles), max(total // LEAST_STEPS, 1))
-    return triton.cdiv(total, splits)
+    splits = min(2 * processors(device) // tiles, total // LEAST_STEPS)
+    return triton.cdiv(total, max(splits, 1))

@@ -27,7 +27,7 @@ from peftrt.adapters import (
 )
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
-from peftrt.ops import BackendError, backend
+from peftrt.ops import BackendError, backend, release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "release_scratch",
     "remove",
     "rows",
     "save",

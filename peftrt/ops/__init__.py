@@ -7,6 +7,7 @@ from peftrt.ops._multi_lora_linear import AdapterTable, multi_lora_linear
 from peftrt.ops._nf4_dequantize import nf4_dequantize
 from peftrt.ops._nf4_linear import nf4_linear
 from peftrt.ops._nf4_quantize import nf4_quantize
+from peftrt.ops._scratch import release_scratch
 
 __all__ = [
     "AdapterTable",
@@ -18,4 +19,5 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "release_scratch",
 ]

@@ -31,6 +31,8 @@ class Backend:
         devices: device types that it is offered on by itself. Elsewhere it runs only where it is forced.
         strict: ``run`` itself refuses, before it does anything, every call that it cannot take: it may be tried first,
             and the checks that have better words are made when it has refused.
+        slower: takes the same arguments; returns None, or the reason why a backend that is asked after this one is
+            expected to be faster, and can take the call. Heeded where nothing is forced.
     """
 
     name: str
@@ -38,6 +40,11 @@ class Backend:
     unsupported: Callable[..., str | None]
     devices: tuple[str, ...]
     strict: bool = False
+    slower: Callable[..., str | None] | None = None
+
+    def declines(self, *args: Any) -> str | None:
+        """Why the call is better left to another backend, where none is forced; None where it is not."""
+        return None if self.slower is None else self.slower(*args)
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,8 @@ def choose(op: str, backends: tuple[Backend, ...], device: str, args: tuple[Any,
             reasons[candidate.name] = f"{wish} is forced"
         else:
             reason = candidate.unsupported(*args)
+            if reason is None and wish is None:
+                reason = candidate.declines(*args)
             if reason is None:
                 return Choice(op, candidate, reasons)
             reasons[candidate.name] = reason

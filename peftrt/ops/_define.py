@@ -52,8 +52,9 @@ class Op:
         strict = self.strict.get(device)
         if strict is not None and not wishes():
             try:
-                return strict.run(*args)
-            except (RuntimeError, AttributeError):  # it refused, or its library is not loaded
+                if strict.declines(*args) is None:
+                    return strict.run(*args)
+            except (RuntimeError, AttributeError, ArithmeticError):  # it refused, or its library is not loaded
                 pass
         return self.run(device, *args)
 

@@ -79,9 +79,8 @@ def _fake(weight: Tensor, *rest: Any) -> Tensor:
 
 def _native_out(weight: Tensor, *rest: Any) -> None:
     absmax, nested_absmax, nested_offset, _, block_size, out = rest
-    torch.ops.peftrt_cpu.nf4_dequantize(
-        *_native.contiguous(weight, absmax, nested_absmax, nested_offset), block_size, out
-    )
+    library = torch.ops.peftrt_cpu if weight.is_cpu else torch.ops.peftrt_cuda
+    library.nf4_dequantize(*_native.contiguous(weight, absmax, nested_absmax, nested_offset), block_size, out)
 
 
 def _native_new(*args: Any) -> Tensor:
@@ -109,7 +108,8 @@ def _reference_out(*args: Any) -> None:
 
 
 def _native_unsupported(*args: Any) -> str | None:
-    return _native.unsupported(args[0], _result_dtype(args))
+    unsupported = _native.unsupported if args[0].is_cpu else _native.cuda_unsupported
+    return unsupported(args[0], _result_dtype(args))
 
 
 def _triton_unsupported(*args: Any) -> str | None:
@@ -121,7 +121,7 @@ def _result_dtype(args: tuple[Any, ...]) -> torch.dtype:
     return args[-1].dtype if isinstance(args[-1], Tensor) else args[-1]
 
 
-_NATIVE_DEVICES = ("cpu",)
+_NATIVE_DEVICES = ("cpu", "cuda")
 _TRITON_DEVICES = ("cuda",)
 
 define(

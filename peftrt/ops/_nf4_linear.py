@@ -1,14 +1,15 @@
-"""nf4_linear and its input gradient: products with an NF4 weight that is never stored decoded."""
+"""nf4_linear and its input gradient: products with an NF4 weight that is never stored decoded as a whole."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _native, _triton
+from peftrt.ops import _native, _panels, _paths, _triton
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import WEIGHT, WeightArgs, autocast, check_linear, expect, weight_args
 from peftrt.reference import nf4_linear as reference
@@ -27,7 +28,11 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Returns:
         ``[..., N]`` in x's dtype. A row's bits do not depend on the other rows as long as M stays within one kernel's
         range; another range of M may sum in another order. On a CPU neither the number of threads nor what else runs
-        changes a bit.
+        changes a bit. On CUDA the ranges are those of peftrt/ops/_paths.py, for bf16 and fp16 on a Hopper: M to 64
+        (native, where it is built), to 511 (Triton's tiles, in ranges of their own), and more (parts of W are decoded
+        and multiplied by cuBLAS, which chooses its kernels by M: there a row's bits may change with every M). The last
+        heeds torch's switches for cuBLAS: ``torch.backends.cuda.matmul.allow_tf32`` for fp32, and
+        ``allow_bf16_reduced_precision_reduction``, on by default, which lets it round partial sums to bf16.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -60,16 +65,79 @@ def _fake_dx(dy: Tensor, *weight: Any) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], weight[5]))
 
 
-def _native_unsupported(x: Tensor, *_: Any) -> str | None:
-    return _native.unsupported(x, x.dtype)
+def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
+    return _native.unsupported(x, x.dtype) if x.is_cpu else _cuda_unsupported(x, *rest)
 
 
-def _native_forward(*args: Any) -> Tensor:
-    return torch.ops.peftrt_cpu.nf4_linear.default(*args)
+def _cuda_unsupported(x: Tensor, *rest: Any) -> str | None:
+    reason = _native.cuda_unsupported(x, x.dtype)
+    if reason is None and not _decodes(x) and not _panels.rows_fit(WeightArgs(*rest[:7]), x.element_size()):
+        return f"takes {_paths.NATIVE_ROWS} rows of bf16 or fp16, and more where panels of W can be decoded apart"
+    return reason
+
+
+def _native_slower(x: Tensor, *rest: Any) -> str | None:
+    return None if x.is_cpu else _cuda_slower(x, *rest)
+
+
+def _cuda_slower(x: Tensor, *rest: Any) -> str | None:
+    if _way("forward", x, rest) != _paths.TILE or _triton.unsupported(x, x.dtype) is not None:
+        return None
+    return f"at M = {_paths.rows_of(x)} tiles by Triton are expected to be faster on this device"
+
+
+def _decodes(x: Tensor) -> bool:
+    return x.element_size() == 2 and _paths.rows_of(x) <= _paths.NATIVE_ROWS
+
+
+def _way(direction: str, x: Tensor, rest: tuple[Any, ...]) -> str | None:
+    """What the table says, where the weight can go that way."""
+    way = _paths.path(direction, x)
+    fit = _panels.rows_fit if direction == "forward" else _panels.columns_fit
+    return _paths.TILE if way == _paths.PANELS and not fit(WeightArgs(*rest[:7]), x.element_size()) else way
+
+
+def _native_forward(x: Tensor, *rest: Any) -> Tensor:
+    return torch.ops.peftrt_cpu.nf4_linear.default(x, *rest) if x.is_cpu else _native_cuda(x, *rest)
+
+
+def _native_cuda(x: Tensor, *rest: Any) -> Tensor:
+    """A few rows by the kernel, more by panels that the library decodes."""
+    reason = _cuda_unsupported(x, *rest)
+    if reason is not None:
+        raise RuntimeError(f"nf4_linear: native {reason}")
+    if _decodes(x):
+        return torch.ops.peftrt_cuda.nf4_linear.default(x, *rest)
+    # cuBLAS would take more than fits, such as a bias that can be broadcast, and round fp32 for autocast
+    if torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError("nf4_linear: panels are not for autocast")
+    _check(x, *rest)
+    return _panels_forward(_native_decode, x, *rest)
+
+
+def _native_decode(*args: Any) -> None:
+    torch.ops.peftrt_cuda.nf4_dequantize.default(*args)
+
+
+def _native_dx_unsupported(dy: Tensor, *_: Any) -> str | None:
+    if dy.device.type == "cuda":
+        return "has kernels for the CPU; on CUDA devices the input gradient is Triton's"
+    return _native.unsupported(dy, dy.dtype)
 
 
 def _native_dx(*args: Any) -> Tensor:
     return torch.ops.peftrt_cpu.nf4_linear_dx.default(*args)
+
+
+def _panels_forward(decode: _panels.DecodeRows, x: Tensor, *rest: Any) -> Tensor:
+    *weight, bias = rest
+    out = _fake(x, *rest)
+    _panels.forward(_rows(x), WeightArgs(*weight), bias, out.view(-1, out.shape[-1]), decode)
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
@@ -79,21 +147,34 @@ def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
 def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
     from peftrt.kernels.nf4_linear import nf4_linear
 
+    if _way("forward", x, rest) == _paths.PANELS:
+        return _panels_forward(_triton_decode, x, *rest)
     *codes, _, _, block_size, bias = rest
     out = _fake(x, *rest)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
-    nf4_linear(rows, *_triton.weight(*codes), block_size, bias, out.view(-1, out.shape[-1]))
+    nf4_linear(_rows(x), *_triton.weight(*codes), block_size, bias, out.view(-1, out.shape[-1]))
     return out
 
 
+def _triton_decode(*args: Any) -> None:
+    from peftrt.kernels.nf4_dequantize import nf4_dequantize
+
+    *weight, block_size, out = args
+    nf4_dequantize(*_triton.weight(*weight), block_size, out)
+
+
 def _triton_dx(dy: Tensor, *weight: Any) -> Tensor:
+    from peftrt.kernels.nf4_dequantize import nf4_dequantize_columns
     from peftrt.kernels.nf4_linear import nf4_linear_dx
 
-    *codes, _, _, block_size = weight
+    *codes, _, k, block_size = weight
     out = _fake_dx(dy, *weight)
-    rows = dy.reshape(-1, dy.shape[-1]).contiguous()
-    nf4_linear_dx(rows, *_triton.weight(*codes), block_size, out.view(-1, out.shape[-1]))
+    rows, out_rows, tensors = _rows(dy), out.view(-1, out.shape[-1]), _triton.weight(*codes)
+    if _way("dx", dy, weight) == _paths.PANELS:
+        decode = functools.partial(nf4_dequantize_columns, *tensors, block_size, k)
+        _panels.grad_input(rows, WeightArgs(*weight), out_rows, decode)
+    else:
+        nf4_linear_dx(rows, *tensors, block_size, out_rows)
     return out
 
 
@@ -124,7 +205,7 @@ _FORWARD = define(
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu",), strict=True),
+        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_native_slower),
         Backend("triton", _triton_forward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
@@ -136,7 +217,7 @@ _GRAD_INPUT = define(
     check=_check_dx,
     fake=_fake_dx,
     backends=(
-        Backend("native", _native_dx, _native_unsupported, ("cpu",), strict=True),
+        Backend("native", _native_dx, _native_dx_unsupported, ("cpu",), strict=True),
         Backend("triton", _triton_dx, _triton_unsupported, ("cuda",)),
         reference_backend(reference.grad_input),
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def nf4_quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """Quantise a tensor to NF4, in blocks of its flattened elements.
 
     ``code = argmin_c |nf4[c] - w / absmax|`` with ``absmax`` the largest magnitude of the block; a tie goes to the
-    lower level. The native backend (CPU) writes the reference's bytes, also where values are not finite: a block with a
+    lower level. The native backends write the reference's bytes, also where values are not finite: a block with a
     NaN has the scale NaN, one with an infinity the scale infinity, and no other block is touched by either.
 
     Args:
@@ -62,14 +64,20 @@ def _fake(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, 
 
 def _native_run(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, absmax, *nothing = _fake(weight, block_size, double_quant=False)
-    torch.ops.peftrt_cpu.nf4_quantize(weight.contiguous(), block_size, codes, absmax)
+    library = torch.ops.peftrt_cpu if weight.is_cpu else torch.ops.peftrt_cuda
+    library.nf4_quantize(weight.contiguous(), block_size, codes, absmax)
     if not double_quant:
         return codes, absmax, nothing[0], nothing[1]
     offset = float_bytes(reference.mean(bytes_float(absmax)))
     blocks = absmax.numel() // 4
     nested_codes, nested_absmax = absmax.new_empty(blocks), absmax.new_empty(4 * -(-blocks // NESTED_BLOCK_SIZE))
-    torch.ops.peftrt_cpu.nf4_quantize_scales(absmax, offset, nested_codes, nested_absmax)
+    library.nf4_quantize_scales(absmax, offset, nested_codes, nested_absmax)
     return codes, nested_codes, nested_absmax, offset
+
+
+def _native_unsupported(weight: Tensor, *_: Any) -> str | None:
+    unsupported = _native.unsupported if weight.is_cpu else _native.cuda_unsupported
+    return unsupported(weight, weight.dtype)
 
 
 define(
@@ -77,7 +85,7 @@ define(
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_run, lambda weight, *_: _native.unsupported(weight, weight.dtype), ("cpu",)),
+        Backend("native", _native_run, _native_unsupported, ("cpu", "cuda")),
         reference_backend(reference.quantize),
     ),
 )

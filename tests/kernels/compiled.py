@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -81,12 +81,20 @@ def dequantize_variants(target: str) -> Iterator[Variant]:
             for block in (32, 64, 4096):
                 for size in ("i32", "i64"):
                     types = _weight_types(nested) | {"p_out": f"*{dtype}", "numel": size, "num_bytes": size}
-                    constants = {"BLOCK": block, "ROWS": nf4_dequantize.ROWS, "NESTED": nested}
+                    constants = {"BLOCK": block, "GROUPS": nf4_dequantize.GROUPS, "NESTED": nested}
                     name = f"nf4_dequantize {dtype} nested={nested} block={block} {size}"
                     options = {"num_warps": nf4_dequantize.WARPS}
                     round_sizes = block == 64
                     kernel = nf4_dequantize.nf4_dequantize_kernel
                     yield Variant(name, target, kernel, types, constants, options, round_sizes, False)
+            for block in (64, 4096):
+                types = _weight_types(nested) | {"p_out": f"*{dtype}"}
+                types |= dict.fromkeys(("groups", "row_bytes", "first_byte", "out_groups"), "i32")
+                constants = {"BLOCK": block, "GROUPS": nf4_dequantize.GROUPS, "NESTED": nested}
+                name = f"nf4_dequantize_columns {dtype} nested={nested} block={block}"
+                options = {"num_warps": nf4_dequantize.WARPS}
+                kernel = nf4_dequantize.nf4_dequantize_columns_kernel
+                yield Variant(name, target, kernel, types, constants, options, True, False)
 
 
 def linear_variants(target: str) -> Iterator[Variant]:
@@ -94,7 +102,9 @@ def linear_variants(target: str) -> Iterator[Variant]:
     for dtype, itemsize in DTYPES.items():
         for dx in (False, True):
             for align, block in ((CHUNKS, 64), (CHUNKS, 256), (STRADDLING, 64), (STRADDLING, 32), (ODD, 64), (ODD, 32)):
-                for config in nf4_linear.configs(architecture, dx, itemsize, align.value):
+                # ranges of rows may share a tile
+                ranges = nf4_linear.configs(architecture, dx, itemsize, align.value)
+                for config in dict.fromkeys(replace(config, rows=0) for config in ranges):
                     for nested in (True, False):
                         for split in (False, True) if config.split else (False,):
                             yield _linear(target, dtype, dx, align.value, block, config, nested, split)
@@ -138,7 +148,7 @@ def _nvidia_faults(variant: Variant, code: Any) -> list[str]:
     ptx, found = code.asm["ptx"], []
     if "fma.rn.f32" in ptx:
         found.append("a product and a sum are contracted")
-    if variant.kernel is nf4_dequantize.nf4_dequantize_kernel:
+    if variant.kernel in (nf4_dequantize.nf4_dequantize_kernel, nf4_dequantize.nf4_dequantize_columns_kernel):
         found += _rounding_faults(variant, ptx)
     if variant.tensor_cores and not any(name in ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")):
         found.append("no tensor-core instruction")

@@ -15,7 +15,7 @@ import peftrt
 from peftrt import NF4Weight
 from peftrt.kernels import nf4_dequantize as dequantize_module
 from peftrt.kernels import nf4_linear as linear_module
-from peftrt.ops import _triton
+from peftrt.ops import _panels, _paths, _triton
 from tests.cases import LAYOUTS, exact, laid_out, nf4, randn
 from tests.tolerances import assert_close, assert_same_bits
 
@@ -64,6 +64,37 @@ def test_dequantize_to_bf16_differs_by_the_rounding_of_the_interpreter_alone() -
     )
     truncated = (w.dequantize(torch.float32).view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     assert_same_bits(out, truncated)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("n", "k", "block"), [(3, 64, 64), (70, 320, 64), (5, 1024, 256), (1, 4096, 4096)])
+def test_columns_have_the_bits_of_the_whole(n: int, k: int, block: int, nested: bool) -> None:
+    w = nf4(n, k, block=block, nested=nested)
+    tensors = _triton.weight(w.codes, w.absmax, w.nested_absmax, w.nested_offset)
+    for dtype in DTYPES:
+        with peftrt.backend("reference"):
+            expected = w.dequantize(dtype)
+        for first, last in {(0, k), (0, 64), (k - 64, k), (64 * (k // 192), k)}:
+            out = torch.empty(n, last - first, dtype=dtype)
+            dequantize_module.nf4_dequantize_columns(*tensors, block, k, first, out)
+            assert_same_bits(out, expected[:, first:last].contiguous())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_and_dx_by_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device where there are many rows; the linear kernels are not run."""
+    monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
+    monkeypatch.setattr(_panels, "width", lambda rows, depth, total, step, *_: min(step, total))
+    monkeypatch.setattr(linear_module, "_launch", lambda *_: pytest.fail("the fused kernel ran"))
+    for n, k, nested in ((300, 192, True), (33, 128, False)):
+        w, bias = nf4(n, k, nested=nested), randn(n, seed=4, dtype=dtype)
+        check_linear(randn(7, k, seed=2, dtype=dtype), randn(7, n, seed=3, dtype=dtype), w, bias)
+
+
+def test_where_columns_cannot_be_told_apart_dx_goes_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
+    w = nf4(40, 70)
+    check_linear(randn(7, 70, seed=2), randn(7, 40, seed=3), w, None)
 
 
 def test_every_code_and_every_nested_code_decodes() -> None:

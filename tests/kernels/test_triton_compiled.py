@@ -10,11 +10,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import torch
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
 from peftrt.kernels import nf4_linear
+from peftrt.ops import _paths
 from tests.kernels import compiled, sass
 
 SAMPLE = compiled.sample(1, seed=1)
@@ -49,6 +51,46 @@ def test_every_number_of_rows_has_a_configuration() -> None:
         rows = [config.rows for config in configs]
         assert rows == sorted(set(rows))
         assert rows[-1] == nf4_linear.MANY
+
+
+def test_every_range_is_one_that_the_table_sends_here() -> None:
+    """Beyond its limit calls go by panels, except where blocks straddle rows."""
+    for (architecture, direction, itemsize), configs in nf4_linear.CONFIGS.items():
+        classes = {"sm_90": ("sm_90", "sm_100")}.get(architecture, (architecture,))
+        most = max(_paths.TABLE[name][direction, itemsize].tile for name in classes)
+        *ranges, last = configs
+        assert last.rows == nf4_linear.MANY
+        assert all(config.rows < most for config in ranges), (architecture, direction, itemsize)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "splits"),
+    [
+        # 32 tiles of y for each tile of rows, 264 programs of an H200
+        (1, 4096, 8),
+        (64, 4096, 8),
+        (65, 4096, 8),
+        (128, 4096, 8),
+        (129, 4096, 4),
+        (256, 4096, 4),
+        (257, 4096, 2),
+        (511, 4096, 2),
+        (8, 28672, 1),
+        (8, 64, 16),
+    ],
+)
+def test_programs_are_two_a_multiprocessor_at_most(
+    rows: int, columns: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no fewer than half of that, unless the sum is too short."""
+    monkeypatch.setattr(nf4_linear, "processors", lambda device: 132)
+    ranges = nf4_linear.configs("sm_90", False, 2, compiled.CHUNKS.value)
+    config, fewest = nf4_linear._config(ranges, rows)
+    assert fewest <= rows <= config.rows
+    total, tiles = 4096 // config.BK, triton.cdiv(columns, config.BN) * triton.cdiv(fewest, config.BM)
+    steps = nf4_linear._steps(config, tiles, total, torch.device("cpu"))
+    assert triton.cdiv(total, steps) == splits
+    assert splits == 1 or tiles * splits <= 264
 
 
 @pytest.mark.parametrize(

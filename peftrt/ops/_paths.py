@@ -1,0 +1,96 @@
+"""Which way a product with an NF4 weight goes on a GPU: one table, by device class, pass, size of an element and rows.
+
+``DECODE``: native CUDA, codes into the tensor cores without a decoded copy. ``TILE``: Triton, tiles of W decoded on the
+way to the tensor cores. ``PANELS``: part of W decoded into a scratch, multiplied by cuBLAS, and so on part by part; it
+belongs to whichever backend decodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DECODE, TILE, PANELS = "decode", "tile", "panels"
+# Rows that the CUDA kernel itself takes, in bf16 and fp16.
+NATIVE_ROWS = 64
+
+
+class Limits(NamedTuple):
+    """The largest number of rows that goes by DECODE, and by TILE; more go by PANELS."""
+
+    decode: int
+    tile: int
+
+
+# **Nothing here is measured on a device**: the limits lie where shares of the tensor cores' peak cross, counted from
+# compiled code (Triton 3.7.1 for sm_90, nested scales) and data sheets, November 2026.
+# - TILE decodes a weight in 7.3 instructions for 128 rows, 6.8 for 64, with 128 issued a clock and multiprocessor. If
+#   nothing overlapped, products would get 52 % of the time on sm_90 (128 rows, 2048 products a clock), 54 % on sm_80
+#   (64 rows, 1024 a clock), 35 % on sm_100 (4096 a clock); two programs a multiprocessor overlap in part.
+# - PANELS reads half a byte and writes two for each weight before cuBLAS starts, the time of so many rows of products:
+#   253 on an H200 (4.8 TB/s, 989 TFLOP/s), 203 on an A100, 351 on a B200, 308 on an MI300X. Of M rows' time that leaves
+#   M / (M + 253) on an H200: 50 % at 256, 67 % at 512, 89 % at 2048.
+# - DECODE is bound by memory up to about 56 rows on an H200.
+# - fp32: decoding first costs the time of some 28 rows, and cuBLAS multiplies in fp32, where a tile of Triton's takes
+#   three products of TF32.
+TABLE: dict[str, dict[tuple[str, int], Limits]] = {
+    "sm_80": {
+        ("forward", 2): Limits(NATIVE_ROWS, 255),
+        ("dx", 2): Limits(0, 255),
+        ("forward", 4): Limits(0, 127),
+        ("dx", 4): Limits(0, 127),
+    },
+    "sm_90": {
+        ("forward", 2): Limits(NATIVE_ROWS, 511),
+        ("dx", 2): Limits(0, 511),
+        ("forward", 4): Limits(0, 127),
+        ("dx", 4): Limits(0, 127),
+    },
+    "sm_100": {
+        ("forward", 2): Limits(NATIVE_ROWS, 255),
+        ("dx", 2): Limits(0, 255),
+        ("forward", 4): Limits(0, 127),
+        ("dx", 4): Limits(0, 127),
+    },
+    "hip": {
+        ("forward", 2): Limits(0, 511),
+        ("dx", 2): Limits(0, 511),
+        ("forward", 4): Limits(0, 255),
+        ("dx", 4): Limits(0, 255),
+    },
+}
+_LEAST_CAPABILITY = {"sm_100": (10, 0), "sm_90": (9, 0), "sm_80": (0, 0)}
+
+
+def rows_of(x: Tensor) -> int:
+    """M of ``x [..., K]``."""
+    return math.prod(x.shape[:-1])
+
+
+def nearest(capability: tuple[int, int]) -> str:
+    """The newest class of the table that is not newer than the device, or the oldest."""
+    return next(name for name, least in _LEAST_CAPABILITY.items() if capability >= least)
+
+
+@functools.cache
+def device_class(device: torch.device) -> str:
+    """The part of the table for a GPU; a device of another class takes the nearest one's."""
+    return "hip" if torch.version.hip else nearest(torch.cuda.get_device_capability(device))
+
+
+def path(direction: str, x: Tensor) -> str | None:
+    """DECODE, TILE or PANELS for ``x [..., K]``, or for a gradient ``dy [..., N]``.
+
+    ``direction`` is ``"forward"`` or ``"dx"``. None where x is on no GPU, or of a dtype that is not in the table.
+    """
+    if x.device.type != "cuda":
+        return None
+    limits = TABLE[device_class(x.device)].get((direction, x.element_size()))
+    if limits is None:
+        return None
+    rows = rows_of(x)
+    return DECODE if rows <= limits.decode else TILE if rows <= limits.tile else PANELS
