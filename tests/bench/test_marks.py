@@ -12,6 +12,7 @@ from bench import judging, marks, report
 from bench.bench_lora_linear import cells as lora_cells
 from bench.bench_nf4_dequantize import cells as dequantize_cells
 from bench.bench_nf4_linear import cells as linear_cells
+from bench.bench_train_step import cells as step_cells
 from bench.results import OWN
 
 CPU, GPU, H200 = ("perf_counter", "d"), ("cuda graph", "NVIDIA L4"), ("cuda graph", "NVIDIA H200")
@@ -100,9 +101,12 @@ def test_a_share_of_the_floor_is_judged_without_a_peer() -> None:
     assert (peer.got, peer.margin) == ("skipped: not a contender", None)
 
 
+CELLS = (linear_cells, dequantize_cells, lora_cells, step_cells)
+
+
 def test_every_mark_speaks_of_a_cell_that_is_measured() -> None:
     for name, device in (("cpu", "cpu"), ("gpu", "cuda"), ("h200", "cuda")):
-        cells = [cell for make in (linear_cells, dequantize_cells, lora_cells) for cell in make(device, quick=False)]
+        cells = [cell for make in CELLS for cell in make(device, quick=False)]
         for mark in marks.MARKS[name]:
             assert any(mark.covers(cell.op, cell.describe()) for cell in cells), f"{name}: {mark.op} {mark.where}"
 
