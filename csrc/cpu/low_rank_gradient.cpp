@@ -16,6 +16,16 @@ constexpr int64_t kDepth = 256;           // rows of a panel: 16 KB of 16 lanes,
 constexpr int64_t kRowsOfDy = 4 * kRows;  // rows of dy a task
 constexpr int64_t kWide = 64;             // columns of x or dy a task: of a page, what is read of it at once
 
+// Rows [p, p + depth) of B, kPanel columns from r on: as they lie where they are a panel, else copied.
+inline const float* panel_of_b(const LowRankGradient& adapter, int64_t p, int64_t depth, int64_t r, float* panel) {
+  const int64_t rank = adapter.rank, lanes = min64(kPanel, rank - r);
+  if (rank == kPanel && adapter.b_dtype == Dtype::kFloat32) return static_cast<const float*>(adapter.b) + p * rank;
+  if (lanes < kPanel) std::memset(panel, 0, kDepth * kPanel * sizeof(float));
+  for (int64_t i = 0; i < depth; ++i)
+    read_floats(adapter.b_dtype, adapter.b, (p + i) * rank + r, lanes, panel + i * kPanel);
+  return panel;
+}
+
 // Rows [row, row + kRowsOfDy) of g, and of g^T and xa^T, whose rows are `ld` apart.
 template <class T>
 void rows_of_g(int64_t row, int64_t m, int64_t n, const T* dy, const float* xa, const LowRankGradient& adapter,
@@ -28,16 +38,10 @@ void rows_of_g(int64_t row, int64_t m, int64_t n, const T* dy, const float* xa, 
     for (int64_t p = 0; p < n; p += kDepth) {
       const int64_t depth = min64(kDepth, n - p);
       for (int64_t i = 0; i < rows; ++i) to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
-      if (rank == kPanel) {
-        read_floats(adapter.b_dtype, adapter.b, p * rank, depth * rank, panel);
-      } else {
-        if (lanes < kPanel) std::memset(panel, 0, sizeof panel);
-        for (int64_t i = 0; i < depth; ++i)
-          read_floats(adapter.b_dtype, adapter.b, (p + i) * rank + r, lanes, panel + i * kPanel);
-      }
+      const float* b = panel_of_b(adapter, p, depth, r, panel);
       for (int64_t i = 0; i < rows; i += kRows)
-        micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, panel, sums + i * kPanel,
-                             kPanel, true);
+        micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, b, sums + i * kPanel, kPanel,
+                             true);
     }
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -60,10 +64,15 @@ void columns_of(int64_t m, int64_t rank, const float* narrow, int64_t ld, const 
     const int64_t depth = min64(kDepth, m - row);
     for (int64_t p = 0; p < depth; ++p) {
       const int64_t start = (row + p) * width + column;
+      float* to = panels + p * kPanel;
+      if (dropout == nullptr && columns == kWide) {
+        for (int64_t j = 0; j < kWide; j += kLanes)
+          storeu(to + j / kPanel * kPanel * kDepth + j % kPanel, load(wide + start + j));
+        continue;
+      }
       to_floats(wide + start, columns, line);
       if (dropout != nullptr) drop(*dropout, start, columns, line);
-      for (int64_t j = 0; j < kWide; j += kPanel)
-        std::memcpy(panels + j * kDepth + p * kPanel, line + j, kPanel * sizeof(float));
+      for (int64_t j = 0; j < kWide; j += kPanel) std::memcpy(to + j * kDepth, line + j, kPanel * sizeof(float));
     }
     for (int64_t j = 0; j < columns; j += kPanel)
       for (int64_t r = 0; r < rank; r += kRows)
