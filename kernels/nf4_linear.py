@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -185,6 +186,13 @@ class Config:
 
 
 MANY = 1 << 62
+
+
+def _ranges(rows: tuple[int, ...], *tile: int, **schedule: Any) -> tuple[Config, ...]:
+    """One tile for several ranges of rows, each of which splits its sums for itself."""
+    return tuple(Config(most, *tile, **schedule) for most in rows)
+
+
 # For whole chunks, by architecture (sm_90 and up, sm_8x, AMD), pass and bytes of an element. Chosen by compiled code
 # alone: instructions a weight, no spills, shared memory under 99 KB (64 KB on AMD). Not measured on a device. At
 # least 64 weights a thread, so that each scale of a tile is decoded once; BM under 64 for fp32, so that mma.sync is
@@ -195,77 +203,47 @@ CONFIGS: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("sm_90", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=4, split=True),
         Config(64, 64, 128, 64, warps=4, stages=3, split=True),
-        Config(128, 128, 128, 64, warps=4, stages=3, split=True),
-        Config(256, 128, 128, 64, warps=4, stages=3, split=True),
-        Config(MANY, 128, 128, 64, warps=4, stages=3, split=True),
+        *_ranges((128, 256, MANY), 128, 128, 64, warps=4, stages=3, split=True),
     ),
     ("sm_90", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=4, split=True),
         Config(64, 64, 64, 128, warps=4, stages=4, split=True),
-        Config(128, 128, 64, 128, warps=4, stages=3, split=True),
-        Config(256, 128, 64, 128, warps=4, stages=3, split=True),
-        Config(MANY, 128, 64, 128, warps=4, stages=3, split=True),
+        *_ranges((128, 256, MANY), 128, 64, 128, warps=4, stages=3, split=True),
     ),
-    ("sm_90", "forward", 4): (
-        Config(32, 32, 128, 64, warps=8, stages=2, split=True),
-        Config(MANY, 32, 128, 64, warps=8, stages=2, split=True),
-    ),
-    ("sm_90", "dx", 4): (
-        Config(32, 32, 64, 128, warps=8, stages=2, split=True),
-        Config(MANY, 32, 64, 128, warps=8, stages=2, split=True),
-    ),
+    ("sm_90", "forward", 4): _ranges((32, MANY), 32, 128, 64, warps=8, stages=2, split=True),
+    ("sm_90", "dx", 4): _ranges((32, MANY), 32, 64, 128, warps=8, stages=2, split=True),
     # mma.sync takes both operands from registers: larger tiles spill
     ("sm_80", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=4, split=True),
-        Config(64, 64, 128, 64, warps=4, stages=3, split=True),
-        Config(128, 64, 128, 64, warps=4, stages=3, split=True),
-        Config(MANY, 64, 128, 64, warps=4, stages=3, split=True),
+        *_ranges((64, 128, MANY), 64, 128, 64, warps=4, stages=3, split=True),
     ),
     ("sm_80", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=4, split=True),
-        Config(64, 64, 64, 128, warps=4, stages=4, split=True),
-        Config(128, 64, 64, 128, warps=4, stages=4, split=True),
-        Config(MANY, 64, 64, 128, warps=4, stages=4, split=True),
+        *_ranges((64, 128, MANY), 64, 64, 128, warps=4, stages=4, split=True),
     ),
-    ("sm_80", "forward", 4): (
-        Config(32, 32, 128, 64, warps=8, stages=2, split=True),
-        Config(MANY, 32, 128, 64, warps=8, stages=2, split=True),
-    ),
-    ("sm_80", "dx", 4): (
-        Config(32, 32, 64, 128, warps=8, stages=2, split=True),
-        Config(MANY, 32, 64, 128, warps=8, stages=2, split=True),
-    ),
+    ("sm_80", "forward", 4): _ranges((32, MANY), 32, 128, 64, warps=8, stages=2, split=True),
+    ("sm_80", "dx", 4): _ranges((32, MANY), 32, 64, 128, warps=8, stages=2, split=True),
     ("hip", "forward", 2): (
         Config(16, 16, 128, 64, warps=4, stages=2, split=True),
-        Config(128, 128, 128, 64, warps=4, stages=2, split=True),
-        Config(MANY, 128, 128, 64, warps=4, stages=2, split=True),
+        *_ranges((128, MANY), 128, 128, 64, warps=4, stages=2, split=True),
     ),
     ("hip", "dx", 2): (
         Config(16, 16, 64, 128, warps=4, stages=2, split=True),
-        Config(128, 128, 64, 128, warps=4, stages=2, split=True),
-        Config(MANY, 128, 64, 128, warps=4, stages=2, split=True),
+        *_ranges((128, MANY), 128, 64, 128, warps=4, stages=2, split=True),
     ),
-    ("hip", "forward", 4): (
-        Config(32, 32, 64, 64, warps=4, stages=2, split=True),
-        Config(MANY, 32, 64, 64, warps=4, stages=2, split=True),
-    ),
-    ("hip", "dx", 4): (
-        Config(32, 32, 64, 64, warps=4, stages=2, split=True),
-        Config(MANY, 32, 64, 64, warps=4, stages=2, split=True),
-    ),
+    ("hip", "forward", 4): _ranges((32, MANY), 32, 64, 64, warps=4, stages=2, split=True),
+    ("hip", "dx", 4): _ranges((32, MANY), 32, 64, 64, warps=4, stages=2, split=True),
 }
 # Where blocks straddle rows, on every device and in both passes, by bytes of an element. Gradients of any number of
 # rows come here: columns cannot be decoded apart.
 STRADDLING_CONFIGS: dict[int, tuple[Config, ...]] = {
     2: (
         Config(16, 16, 64, 64, warps=4, stages=2, split=True),
-        Config(128, 128, 64, 64, warps=8, stages=2, split=True),
-        Config(512, 128, 64, 64, warps=8, stages=2, split=True),
+        *_ranges((128, 512), 128, 64, 64, warps=8, stages=2, split=True),
         Config(MANY, 128, 64, 64, warps=8, stages=2),
     ),
     4: (
-        Config(32, 32, 64, 64, warps=8, stages=1, split=True),
-        Config(128, 32, 64, 64, warps=8, stages=1, split=True),
+        *_ranges((32, 128), 32, 64, 64, warps=8, stages=1, split=True),
         Config(MANY, 32, 64, 64, warps=8, stages=1),
     ),
 }
