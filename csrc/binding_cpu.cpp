@@ -270,9 +270,11 @@ void dropout(Tensor x, int64_t seed, double p, Tensor out) {
                                  out.mutable_data_ptr(), parallel(8 * x.numel()));
 }
 
-// g = scaling * dy B, dA = g^T drop(x) and dB = scaling * dy^T xa, in fp32; a seed where something was dropped.
+// g = scaling * dy B, dA = g^T drop(x) and dB = scaling * dy^T xa, in fp32; a seed where something was dropped. dA and
+// dB are empty where they are not wanted.
 std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, double scaling,
-                                                     std::optional<int64_t> seed, double p) {
+                                                     std::optional<int64_t> seed, double p, bool needs_da,
+                                                     bool needs_db) {
   const char* op = "low_rank_gradient";
   check(lora_B.is_cpu() && lora_B.dim() == 2, op, "lora_B", "[N, R] on the CPU");
   const int64_t n = lora_B.size(0), rank = lora_B.size(1);
@@ -288,8 +290,8 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
     m *= x.size(i);
   }
   const Tensor rows_dy = dense(dy), rows_x = dense(x), rows_xa = dense(xa), b = dense(lora_B);
-  Tensor g = torch::stable::new_empty(xa, {m, rank}), da = torch::stable::new_empty(xa, {rank, k}),
-         db = torch::stable::new_empty(xa, {n, rank});
+  Tensor g = torch::stable::new_empty(xa, {m, rank}), da = torch::stable::new_empty(xa, {needs_da ? rank : 0, k}),
+         db = torch::stable::new_empty(xa, {needs_db ? n : 0, rank});
   const Dropout dropout = seed ? dropout_of(op, *seed, p) : Dropout{};
   LowRankGradient adapter = {};
   adapter.rank = rank;
@@ -298,10 +300,11 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
   adapter.dropout = seed ? &dropout : nullptr;
   adapter.scaling = float(scaling);
   adapter.g = static_cast<float*>(g.mutable_data_ptr());
-  peftrt::cpu::kernels().low_rank_gradient(
-      dtype_of(x, op, "x"), m, n, k, rows_dy.const_data_ptr(), rows_x.const_data_ptr(),
-      static_cast<const float*>(rows_xa.const_data_ptr()), adapter, static_cast<float*>(da.mutable_data_ptr()),
-      static_cast<float*>(db.mutable_data_ptr()), parallel(2 * m * (n + k) * rank));
+  peftrt::cpu::kernels().low_rank_gradient(dtype_of(x, op, "x"), m, n, k, rows_dy.const_data_ptr(),
+                                           rows_x.const_data_ptr(), static_cast<const float*>(rows_xa.const_data_ptr()),
+                                           adapter, needs_da ? static_cast<float*>(da.mutable_data_ptr()) : nullptr,
+                                           needs_db ? static_cast<float*>(db.mutable_data_ptr()) : nullptr,
+                                           parallel(m * (n + needs_da * k + needs_db * n) * rank));
   return {g, da, db};
 }
 
@@ -346,8 +349,8 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
   m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def(
-      "low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, float scaling, int? seed, float p) "
-      "-> (Tensor, Tensor, Tensor)");
+      "low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, float scaling, int? seed, float p, "
+      "bool needs_da, bool needs_db) -> (Tensor, Tensor, Tensor)");
   m.def("nf4_lora_linear_dx(Tensor dy, " PEFTRT_WEIGHT
         "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p) -> Tensor");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");

@@ -154,24 +154,23 @@ def _backward(ctx: Any, dy: Tensor | None, dxa: Tensor | None) -> tuple[Any, ...
     weight = (*tensors, ctx.n, ctx.k, ctx.block_size)
     dy = x.new_zeros((*x.shape[:-1], ctx.n)) if dy is None else dy
     dweight = dbias = None
+    wanted = (needs[0], needs[8], needs[9])
+    call = (dy, x, xa, *weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, *wanted)
     if dxa is None and not torch.is_grad_enabled():
-        options = (ctx.scaling, ctx.dropout_p, seed, needs[0])
-        dx, dA, dB = _BACKWARD(dy, x, xa, *weight, lora_A, lora_B, *options)
+        gradients = _BACKWARD(*call)
     else:  # made of operations that have gradients of their own
-        dx, dA, dB = _composed(dy, x, xa, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, dxa, needs[0])
+        gradients = _composed(*call, dxa=dxa)
     rows = dy.reshape(-1, ctx.n)
     if needs[1]:
         dweight = rows.t() @ x.reshape(-1, ctx.k)
     if needs[11]:
         dbias = rows.sum(0)
-    dx, dA, dB = (
-        grad if need else None for grad, need in zip((dx, dA, dB), (needs[0], needs[8], needs[9]), strict=True)
-    )
+    dx, dA, dB = (grad if want else None for grad, want in zip(gradients, wanted, strict=True))
     return (dx, dweight, None, None, None, None, None, None, dA, dB, None, dbias, None, None)
 
 
 def _check_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> None:
-    *weight, lora_A, lora_B, scaling, dropout_p, seed, _ = rest
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, _, _, _ = rest
     _check(x, *weight, lora_A, lora_B, scaling, None, dropout_p, seed, op="lora_linear_backward")
     for name, tensor, size, dtype in (
         ("dy", dy, weight[4], x.dtype),
@@ -183,13 +182,11 @@ def _check_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> None:
 
 
 def _fake_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_A, lora_B, needs_dx = rest[7], rest[8], rest[-1]
-    dx = x.new_empty(x.shape if needs_dx else (0,))
-    return (
-        dx,
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+    dx, dA, dB = (
+        like.new_empty(like.shape if want else (0,))
+        for like, want in zip((x, rest[7], rest[8]), rest[-3:], strict=True)
     )
+    return dx, dA, dB
 
 
 def _native_backward_unsupported(dy: Tensor, x: Tensor, *_: Any) -> str | None:
@@ -200,48 +197,50 @@ def _native_backward_unsupported(dy: Tensor, x: Tensor, *_: Any) -> str | None:
 
 def _native_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """On a CPU the adapter's part is one kernel, and over NF4 dX another; a dense base is multiplied by torch."""
-    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx = rest
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx, needs_dA, needs_dB = rest
+    if weight[1] is None or not x.is_cpu:
+        # as in _added_forward: torch would take more than fits, and round for autocast
+        if torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError("lora_linear_backward: not under autocast")
+        _check_backward(dy, x, xa, *rest)
     if not x.is_cpu:
-        return _composed(dy, x, xa, weight, lora_A, lora_B, scaling, dropout_p, seed, None, needs_dx)
-    if torch.is_autocast_enabled("cpu"):
-        raise RuntimeError("lora_linear_backward: not under autocast, which would round torch's products")
+        return _composed(dy, x, xa, *rest)
     A, B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
     drawn = int(seed) if dropout_p else None
-    g, dA, dB = torch.ops.peftrt_cpu.low_rank_gradient.default(dy, x, xa, B, scaling, drawn, dropout_p)
-    if not needs_dx:
-        dx = x.new_empty(0)
-    elif weight[1] is not None:
+    g, dA, dB = torch.ops.peftrt_cpu.low_rank_gradient.default(
+        dy, x, xa, B, scaling, drawn, dropout_p, needs_dA, needs_dB
+    )
+    dx = x.new_empty(0)
+    if needs_dx and weight[1] is not None:
         dx = torch.ops.peftrt_cpu.nf4_lora_linear_dx.default(dy, *weight, g, A, drawn, dropout_p)
-    else:
+    elif needs_dx:
         dx = _add_adapter(dy @ weight[0], g, lora_A, seed, dropout_p)
-    return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+    return dx, _or_empty(dA, lora_A, needs_dA), _or_empty(dB, lora_B, needs_dB)
+
+
+def _or_empty(grad: Tensor, like: Tensor, wanted: bool) -> Tensor:
+    return grad.to(like.dtype) if wanted else like.new_empty(0)
 
 
 def _composed(
-    dy: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    weight: Any,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dxa: Tensor | None,
-    needs_dx: bool,
+    dy: Tensor, x: Tensor, xa: Tensor, *rest: Any, dxa: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by operations of which each has a gradient of its own."""
+    """The gradients by operations of which each has a gradient of its own; ``dxa``: of xa, where it was used."""
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx, needs_dA, needs_dB = rest
     wide = accumulator(x.dtype)
-    dy_rows, xa_rows = dy.reshape(-1, dy.shape[-1]).to(wide), xa.reshape(-1, xa.shape[-1])
+    dy_rows = dy.reshape(-1, dy.shape[-1]).to(wide)
     g = scaling * (dy_rows @ lora_B.to(wide))
     if dxa is not None:
         g = g + dxa.reshape(g.shape)
-    dA = (g.t() @ _drop(x.to(wide), seed, dropout_p).reshape(-1, x.shape[-1])).to(lora_A.dtype)
-    dB = (scaling * (dy_rows.t() @ xa_rows)).to(lora_B.dtype)
-    if not needs_dx:
-        return x.new_empty(0), dA, dB
-    base = dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *weight)
-    return _add_adapter(base, g, lora_A, seed, dropout_p), dA, dB
+    dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    if needs_dx:
+        base = dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *weight)
+        dx = _add_adapter(base, g, lora_A, seed, dropout_p)
+    if needs_dA:
+        dA = (g.t() @ _drop(x.to(wide), seed, dropout_p).reshape(-1, x.shape[-1])).to(lora_A.dtype)
+    if needs_dB:
+        dB = (scaling * (dy_rows.t() @ xa.reshape(-1, xa.shape[-1]))).to(lora_B.dtype)
+    return dx, dA, dB
 
 
 def _add_adapter(dx: Tensor, g: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -267,7 +266,7 @@ _FORWARD = define(
 )
 _BACKWARD = define(
     f"lora_linear_backward(Tensor dy, Tensor x, Tensor xa, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, "
-    "float dropout_p, Tensor? seed, bool needs_dx) -> (Tensor, Tensor, Tensor)",
+    "float dropout_p, Tensor? seed, bool needs_dx, bool needs_dA, bool needs_dB) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
     backends=(

@@ -26,19 +26,21 @@ def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``dy [..., N]``, x, xa, the weight's arguments, A, B, s, dropout's p and seed, and whether dX is wanted.
+    """``dy [..., N]``, x, xa, the weight's arguments, A, B, s, dropout's p and seed, and whether dX, dA, dB are wanted.
 
-    Returns ``dX = dY W + drop'(G A)``, ``dA = G^T drop(x)`` and ``dB = s dY^T xa`` with ``G = s dY B``; an empty dX
-    where it is not wanted.
+    Returns ``dX = dY W + drop'(G A)``, ``dA = G^T drop(x)`` and ``dB = s dY^T xa`` with ``G = s dY B``; what is not
+    wanted is empty.
     """
-    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx = rest
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, needs_dx, needs_dA, needs_dB = rest
     dtype = accumulator(x.dtype)
     rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
     g = scaling * (rows @ lora_B.to(dtype))
-    dA = g.t() @ dropout(x.to(dtype), seed, dropout_p).reshape(-1, x.shape[-1])
-    dB = scaling * (rows.t() @ xa.reshape(-1, xa.shape[-1]))
-    dx = x.new_empty(0)
+    dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     if needs_dx:
         through = dropout((g @ lora_A.to(dtype)).view(x.shape), seed, dropout_p)
         dx = ((rows @ dense_weight(x.dtype, *weight)).view(x.shape) + through).to(x.dtype)
-    return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+    if needs_dA:
+        dA = (g.t() @ dropout(x.to(dtype), seed, dropout_p).reshape(-1, x.shape[-1])).to(lora_A.dtype)
+    if needs_dB:
+        dB = (scaling * (rows.t() @ xa.reshape(-1, xa.shape[-1]))).to(lora_B.dtype)
+    return dx, dA, dB
