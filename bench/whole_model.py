@@ -58,8 +58,8 @@ class Model:
         return model.requires_grad_(False)
 
 
-# MiniLM-L6's shape (Wang et al. 2020, arXiv:2002.10957). Gradients of attention's keys nearly cancel: in fp32 every contender is
-# 1e-4 off there.
+# MiniLM-L6's shape (Wang et al. 2020, arXiv:2002.10957). Gradients of attention's keys nearly cancel: in fp32 every
+# contender is 1e-4 off there.
 MINILM = Model(
     "encoder",
     ENCODER,
