@@ -53,7 +53,7 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
     torch.ops.peftrt_cpu.nf4_linear_dx(floats(m, n), *weight, dx)
     lora_A, lora_B = floats(3, k), floats(n, 3)
     adapted = torch.ops.peftrt_cpu.nf4_lora_linear(
-        floats(m, k), None, *weight[:4], n, k, block_size, lora_A, lora_B, 0.5, None
+        floats(m, k), None, *weight[:4], n, k, block_size, lora_A, lora_B, 0.5, None, None
     )
     quantised = (
         at_the_end((n * k + 1) // 2, torch.uint8, (-1,), "nan"),
