@@ -362,5 +362,15 @@ def test_a_bad_adapter_is_refused(message: str, change: dict) -> None:
     good |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3), "bias": None, "row_scale": None} | change
     with pytest.raises(RuntimeError, match=f"nf4_lora_linear: {message}"):
         cpu.nf4_lora_linear(
-            good["x"], good["dropped"], *good["weight"], 6, 128, good["block"], good["A"], good["B"], 0.5, good["bias"], good["row_scale"]
+            good["x"],
+            good["dropped"],
+            *good["weight"],
+            6,
+            128,
+            good["block"],
+            good["A"],
+            good["B"],
+            0.5,
+            good["bias"],
+            good["row_scale"],
         )

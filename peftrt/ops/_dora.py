@@ -10,9 +10,7 @@ from peftrt.ops._define import OPS
 from peftrt.ops._weight import check_device, check_float, expect, weight_args
 
 
-def dora_scale(
-    weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor
-) -> Tensor:
+def dora_scale(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
     """DoRA's factor of each row: ``c = m / ||W + s B A||``.
 
     Differentiable in m alone: the norm counts as a constant. A row of norm 0 is divided by the smallest normal fp32
@@ -23,7 +21,7 @@ def dora_scale(
         magnitude: m, ``[N]``, any floating dtype.
 
     Returns:
-        ``[N]``, fp32 (fp64 for a weight in fp64).
+        ``[N]``, fp32 (fp64 for a weight or magnitude in fp64).
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -37,4 +35,4 @@ def dora_scale(
     expect(tuple(magnitude.shape) == (args.n,), "dora_scale", "magnitude", f"[N] = [{args.n}]", magnitude)
     base = (args.weight.detach(), *args[1:])
     norm = OPS["lora_weight_norm"](*base, lora_A.detach(), lora_B.detach(), scaling)
-    return magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    return magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)

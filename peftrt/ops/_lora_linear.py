@@ -17,6 +17,7 @@ from peftrt.ops._weight import (
     WeightArgs,
     autocast,
     check_device,
+    check_float,
     check_linear,
     check_low_rank,
     check_row_scale,
@@ -61,7 +62,7 @@ def lora_linear(
         dropout_p: probability that an element of the adapter's input is zeroed; in [0, 1).
         seed: of the dropout mask: int64 ``[1]`` on x's device, or an int. Default: drawn from torch's generator.
         magnitude: m, ``[N]``, any floating dtype; None for LoRA. Every call reads the weight once more for the norm.
-        row_scale: c itself, in place of m, ``[N]`` in fp32 (fp64 beside x in fp64); where it is 0 it has no gradient.
+        row_scale: c itself, in place of m, ``[N]``, any floating dtype; where it is 0 it has no gradient.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -76,9 +77,12 @@ def lora_linear(
     if magnitude is not None:
         expect(row_scale is None, "lora_linear", "row_scale", "None beside a magnitude", row_scale)
         # of the weight as it is, not as autocast rounds it
-        row_scale = dora_scale(weight, lora_A, lora_B, scaling, magnitude).to(accumulator(x.dtype))
+        row_scale = dora_scale(weight, lora_A, lora_B, scaling, magnitude)
     x, weight, bias = _autocast(x, weight, bias)
     args = weight_args("lora_linear", weight)
+    if row_scale is not None:
+        check_float("lora_linear", "row_scale", row_scale)
+        row_scale = row_scale.to(accumulator(x.dtype))
     drawn = as_seed(seed, x) if dropout_p else None
     return _FORWARD(x, *args, lora_A, lora_B, scaling, bias, dropout_p, drawn, row_scale)[0]
 
@@ -124,9 +128,7 @@ def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         check_seed("lora_linear", "dropout_p", dropout_p, seed, x)
         dropped = _drop(x.float(), seed, dropout_p)
     lora_A, lora_B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
-    return torch.ops.peftrt_cpu.nf4_lora_linear.default(
-        x, dropped, *weight, lora_A, lora_B, scaling, bias, row_scale
-    )
+    return torch.ops.peftrt_cpu.nf4_lora_linear.default(x, dropped, *weight, lora_A, lora_B, scaling, bias, row_scale)
 
 
 def _added_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -167,8 +169,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor | None, dxa: Tensor | None) -> tuple[Any, ...]:
-    """dX = dZ W + drop'(G A), dA = G^T drop(x), dB = s dZ^T xa with dZ = c * dY and G = s dZ B (+ xa's gradient where it
-    was used).
+    """With dZ = c * dY and G = s dZ B (+ xa's gradient where it was used): dX = dZ W + drop'(G A), dA = G^T drop(x),
+    dB = s dZ^T xa.
     """
     x, lora_A, lora_B, xa, seed, row_scale, y, bias, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
@@ -297,7 +299,8 @@ _FORWARD = define(
 )
 _BACKWARD = define(
     f"lora_linear_backward(Tensor dy, Tensor x, Tensor xa, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, "
-    "float dropout_p, Tensor? seed, Tensor? row_scale, bool needs_dx, bool needs_dA, bool needs_dB) -> (Tensor, Tensor, Tensor)",
+    "float dropout_p, Tensor? seed, Tensor? row_scale, bool needs_dx, bool needs_dA, bool needs_dB) "
+    "-> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
     backends=(

@@ -22,8 +22,8 @@ def lora_weight_norm(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor,
     gradient, as DoRA wants it; squares are summed in fp32.
 
     Args:
-        weight: ``[N, K]``; fp32, bf16 or fp16 (fp64 by the reference); any strides, a transposed one is read as it lies.
-            Or an NF4Weight of that shape, whose weights are code times scale in fp32.
+        weight: ``[N, K]``; fp32, bf16 or fp16 (fp64 by the reference); any strides, by rows or by columns without a
+            copy. Or an NF4Weight of that shape, whose weights are code times scale in fp32.
         lora_A: ``[R, K]``, any floating dtype.
         lora_B: ``[N, R]``, any floating dtype.
         scaling: s.

@@ -30,8 +30,7 @@ def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``dy [..., N]``, x, xa, the weight's arguments, A, B, s, dropout's p and seed, c or None, and whether dX, dA, dB are
-    wanted.
+    """``dy [..., N]``, x, xa, the weight's arguments, A, B, s, dropout's p, seed, c, and whether dX, dA, dB are wanted.
 
     Returns ``dX = dZ W + drop'(G A)``, ``dA = G^T drop(x)`` and ``dB = s dZ^T xa`` with ``dZ = c * dY`` and
     ``G = s dZ B``; what is not wanted is empty.
