@@ -19,13 +19,12 @@ constexpr int64_t kRows = 2 * kMicroRows2;  // rows of W a block, and a task
 constexpr int64_t kWidth = 256;             // columns of a block: 12 KB of floats by 12 rows
 constexpr int64_t kStride = kWidth + 16;    // its rows do not fall on the same cache sets
 
-// A -> packed[panels][width][kPanel] as floats, zeros behind the last column.
+// A -> packed[panels][width][kPanel] as floats; what is behind the last column is not set.
 void pack_a(const LowRank& adapter, int64_t k, float* packed, const Parallel& parallel) {
   for_ranges(parallel, ceil_div(k, kPanel), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kPanel, lanes = min64(kPanel, k - first);
       float* to = packed + first * adapter.width();
-      if (lanes < kPanel) std::memset(to, 0, size_t(adapter.width() * kPanel) * sizeof(float));
       for (int64_t r = 0; r < adapter.width(); ++r)
         read_floats(adapter.a_dtype, adapter.a, r * k + first, lanes, to + r * kPanel);
     }

@@ -146,11 +146,13 @@ def _linear(layer: Any, prefix: str, weights: Mapping[str, float], dtype: torch.
         held = {name: weight for name, weight in weights.items() if name in layer.adapter_names}
 
     def make() -> Tensor:
-        base = layer.base_weight()
-        if isinstance(base, NF4Weight):
-            base = base.dequantize(torch.float32)
         with torch.no_grad():
-            merged = layer.adapted_weight(held).to(dtype) if held else base.detach().to(dtype)
+            if held:
+                merged = layer.adapted_weight(held).to(dtype)
+            else:
+                base = layer.base_weight()
+                wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach()
+                merged = wide.to(dtype)
         return merged.t() if layer._transposed else merged
 
     shape = (k, n) if layer._transposed else (n, k)
