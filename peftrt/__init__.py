@@ -7,7 +7,7 @@ from pathlib import Path
 if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from peftrt import nn, ops
+from peftrt import nn, ops, optim
 from peftrt.adapters import (
     AdaptReport,
     LoraConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "optim",
     "release_scratch",
     "remove",
     "rows",
