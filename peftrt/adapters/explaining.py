@@ -104,9 +104,9 @@ def site_choice(layer: nn.Module) -> SiteChoice:
     dtype = weight.dtype
     x = torch.empty(1, layer.in_features, dtype=dtype, device=weight.device)
     bias = layer.bias if layer.bias is None or layer.bias.dtype == dtype else layer.bias.to(dtype)
-    if isinstance(layer, AdapterLinear) and layer.active and layer.merged is None:
-        adapter = layer.adapter(next(iter(layer.active)))
-        return _call_choice("lora_linear", (x, weight, adapter.lora_A, adapter.lora_B, adapter.scaling, bias), {})
+    if isinstance(layer, AdapterLinear) and layer.merged is None and not layer.is_bare(layer.active):
+        term = [*layer.terms(layer.active), *layer.principal_terms(layer.active)][0]
+        return _call_choice("lora_linear", (x, weight, term.lora_A, term.lora_B, term.scaling, bias), {})
     if isinstance(weight, NF4Weight):
         return _call_choice("nf4_linear", (x, weight, bias), {})
     return SiteChoice("linear", "torch")

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dens
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
 from peftrt.adapters.match import matches
-from peftrt.adapters.plan import Plan, cannot_adapt, is_linear, output_head
+from peftrt.adapters.plan import Plan, cannot_adapt, is_linear, output_head, sizes
 from peftrt.adapters.saved import SavedModule, check_tensors
 from peftrt.adapters.state import (
     ModelAdapters,
@@ -41,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     ``adapter_model.safetensors``.
 
     The files are at ``path`` itself, whatever the adapter's name. An adapter that is there is replaced whole or not at
-    all.
+    all. One that began with PiSSA is written as the change of the original weight that it makes, of twice its rank, so
+    that it can be loaded over the plain base; one that began with LoftQ is written as it is.
 
     Args:
         model: a model with adapters.
@@ -51,6 +51,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     Raises:
         ValueError: no such adapter, or none is named among several.
         OSError: the directory cannot be written; what was there is intact.
+
+    Warns:
+        UserWarning: the adapter began with LoftQ: it belongs to the NF4 base that was made with it.
     """
     state = expect_state(model, "save")
     name = _the_one(state, name, "save")
@@ -58,14 +61,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     tensors: dict[str, Tensor] = {}
     layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
     for module_path, layer in layers.items():
-        adapter = layer.adapter(name)
-        tensors[join_key(module_path, "lora_A")] = adapter.lora_A.detach()
-        tensors[join_key(module_path, "lora_B")] = adapter.lora_B.detach()
+        lora_A, lora_B = _change(layer, name)
+        tensors[join_key(module_path, "lora_A")] = lora_A
+        tensors[join_key(module_path, "lora_B")] = lora_B
     for module_path, module in saved_modules(model, state).items():
         if name in module.copy_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
                 tensors[join_key(module_path, "saved", leaf)] = tensor
     config = state.configs[name]
+    if any(layer.principal_pair(name) for layer in layers.values()):
+        config = config.with_doubled_ranks()
+    if config.init_lora_weights == "loftq":
+        warnings.warn(
+            f"save: adapter {name!r} began with LoftQ: it belongs to the NF4 base that was made with it",
+            UserWarning,
+            stacklevel=2,
+        )
     if config.targets_all_linear:
         # what "all-linear" means depends on the reader's version and on the model's class: the modules are named, as by
         # peft
@@ -74,6 +85,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     base = base_model_name(model) or config.base_model_name_or_path
     config = replace(config, fan_in_fan_out=config.fan_in_fan_out or transposed, base_model_name_or_path=base)
     write_peft_dir(path, config.to_peft_dict(), tensors)
+
+
+def _change(layer: AdapterLinear, name: str) -> tuple[Tensor, Tensor]:
+    """A and B of the change that an adapter makes to the layer's original weight."""
+    adapter, pair = layer.adapter(name), layer.principal_pair(name)
+    if pair is None:
+        return adapter.lora_A.detach(), adapter.lora_B.detach()
+    # s (B A - B0 A0): the adapter began with a part of the weight, which is no change
+    return torch.cat([adapter.lora_A.detach(), pair[0]]), torch.cat([adapter.lora_B.detach(), -pair[1]], dim=1)
 
 
 def load(
@@ -113,7 +133,7 @@ def load(
         ValueError: the name is taken, or adapters are merged.
 
     Warns:
-        UserWarning: the adapter was made for a base of another name.
+        UserWarning: the adapter was made for a base of another name, or for the NF4 base that LoftQ made with it.
     """
     if adapter_dtype not in FLOAT_DTYPES:
         raise TypeError(f"load: adapter_dtype must be fp32, bf16 or fp16, got {adapter_dtype!r}")
@@ -130,6 +150,9 @@ def load(
     parts = validate_lora_tensors(config, tensors, directory)
     plan = _fit(model, config, state, parts, directory)
     _compare_base(model, config, source)
+    if config.init_lora_weights == "loftq":
+        told = "it began with LoftQ and belongs to the NF4 base that was made with it: over another it means less"
+        warnings.warn(f"{source}: {told}", UserWarning, stacklevel=2)
     with all_or_nothing(model):
         active = dict(state.active)
         first = not state.configs
@@ -186,7 +209,7 @@ def _fit(model: nn.Module, config: LoraConfig, state: ModelAdapters, parts: Lora
         reason = cannot_adapt(module, state)
         if reason is not None:
             raise FormatError(f"{source}: module {path!a} cannot be adapted: {reason}")
-        n, k = _sizes(module)
+        n, k = sizes(module)
         if (lora_B.shape[0], lora_A.shape[1]) != (n, k):
             raise FormatError(
                 f"{source}: module {path!a}: lora_A is {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, for "
@@ -216,12 +239,6 @@ def _expect_module(modules: Mapping[str, nn.Module], path: str, source: str) -> 
     if path not in modules:
         raise FormatError(f"{source}: the model has no module {path!a}: made for another base?")
     return modules[path]
-
-
-def _sizes(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Linear) or hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    return module.weight.shape[1], module.weight.shape[0]
 
 
 def _compare_base(model: nn.Module, config: LoraConfig, source: str) -> None:

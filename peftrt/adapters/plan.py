@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import AdapterLinear, NF4Linear
+from peftrt.nn.initialisation import parse, refusal
 from peftrt.nn.source import is_conv1d, unsuitable
 
 # peft's names of the heads that a task trains whole, because they come untrained.
@@ -90,6 +92,55 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
     _check_everything_matched(model, config, plan)
     plan.dense = _kept_precise(model, plan.new) | _shared_weights(model, plan.new)
     return plan
+
+
+def check_initialisation(model: nn.Module, config: LoraConfig, plan: Plan, quantize: str | None) -> None:
+    """Whether every module of the plan can begin as ``init_lora_weights`` says.
+
+    Raises:
+        ConfigError: a rank or scaling that the initialisation cannot have.
+        UnsupportedError: a base that it cannot change: one that is shared, or, for LoftQ, one that is not being
+            quantised.
+
+    Warns:
+        UserWarning: PiSSA over layers that are NF4 already.
+    """
+    init = config.init_lora_weights
+    for path in plan.paths:
+        n, k = sizes(model.get_submodule(path))
+        reason = refusal(init, config.rank_for(path), config.scaling_for(path), n, k)
+        if reason is not None:
+            raise ConfigError(f"init_lora_weights: {path}: {reason}")
+    if not parse(init).takes_weight:
+        return
+    quantized = [path for path in plan.paths if isinstance(model.get_submodule(path), NF4Linear)]
+    if init == "loftq":
+        if quantize is None:
+            raise UnsupportedError(
+                "init_lora_weights: 'loftq' begins with what quantisation loses: pass quantize='nf4'"
+            )
+        if quantized:
+            raise UnsupportedError(
+                f"init_lora_weights: 'loftq' needs the weight as it was before it was quantised; {quantized[0]} is NF4 "
+                "already"
+            )
+        return
+    for path, reason in _shared_weights(model, plan.paths).items():
+        raise UnsupportedError(f"init_lora_weights: {init!r} would change {path}, but {reason}")
+    if quantized:
+        warnings.warn(
+            f"adapt: {init!r} begins with the dequantised weight of {len(quantized)} layers that are NF4 already, and "
+            "quantises what is left of it anew: without the adapter they compute the same up to the error of that",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def sizes(module: Any) -> tuple[int, int]:
+    """N and K of a module that can be adapted."""
+    if isinstance(module, nn.Linear) or hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    return module.weight.shape[1], module.weight.shape[0]
 
 
 def _sort_in(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
+from peftrt.nn import initialisation
+from peftrt.nn.principal import PrincipalParts, Term, in_one
 from peftrt.nn.routing import AdapterSet, Routing, current
 
 DEFAULT = "default"
@@ -37,7 +39,7 @@ class Adapter:
     @property
     def scaling(self) -> float:
         """s: alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling_of(self.r, self.lora_alpha, self.use_rslora)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -53,7 +55,7 @@ class _Settings:
     use_rslora: bool
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(PrincipalParts):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
     The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own
@@ -74,6 +76,7 @@ class AdapterLinear(nn.Module):
         self._merged: dict[str, float] | None = None
         self._backup: dict[str, Tensor] = {}
         self.owner = AdapterSet()
+        self._init_principal()
 
     def base_weight(self) -> Tensor | NF4Weight:
         """W [N, K], without adapters unless they are merged."""
@@ -91,6 +94,8 @@ class AdapterLinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init: bool | str = True,
+        loftq_config: Mapping[str, Any] | None = None,
+        original: Tensor | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> Adapter:
         """Add a trainable adapter, not yet active, on the base's device.
@@ -101,23 +106,31 @@ class AdapterLinear(nn.Module):
             lora_alpha: alpha.
             lora_dropout: probability in [0, 1) that an element of the adapter's input is zeroed in training.
             use_rslora: scale by alpha / sqrt(R).
-            init: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / R, B zero; False: both
-                Kaiming-uniform, so that the adapter changes the output from the start (for tests).
+            init: as peft's ``init_lora_weights``, see :mod:`peftrt.nn.initialisation`. True: A Kaiming-uniform, B zero.
+                "gaussian": A normal with deviation 1 / R, B zero. "orthogonal": neither is zero, B A is. False: both
+                Kaiming-uniform, so that the adapter changes the output from the start (for tests). "pissa" and
+                "pissa_niter_<n>": s B A is the principal part of W, which leaves the base and comes back where the
+                adapter does not act (:class:`PrincipalParts`); over an NF4 base the rest is quantised anew. "loftq":
+                NF4 base and s B A together are closer to W than nf4(W).
+            loftq_config: ``{"loftq_bits": 4, "loftq_iter": n}``, n = 1 by default.
+            original: W [N, K] as it was before it was quantised: "loftq" needs it; without it "pissa" over an NF4 base
+                begins with the dequantised weight.
             adapter_dtype: of A and B.
 
         Raises:
             ValueError: the name is taken or unusable, or a value is out of its range.
         """
-        _check_new(name, self._settings, r, lora_alpha, lora_dropout, init)
-        factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
-        lora_A = torch.empty(r, self.in_features, **factory)
-        lora_B = torch.zeros(self.out_features, r, **factory)
-        if init == "gaussian":
-            nn.init.normal_(lora_A, std=1 / r)
+        _check_new(name, self._settings, r, lora_alpha, lora_dropout)
+        scaling = scaling_of(r, lora_alpha, use_rslora)
+        reason = initialisation.refusal(init, r, scaling, self.out_features, self.in_features)
+        if reason is not None:
+            raise ValueError(reason)
+        if initialisation.parse(init).takes_weight:
+            given = (original, loftq_config, adapter_dtype)
+            lora_A, lora_B = self._begin_with_weight(name, init, r, scaling, *given)
         else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+            shape = (r, self.out_features, self.in_features)
+            lora_A, lora_B = initialisation.draw(init, *shape, adapter_dtype, self.weight.device)
         # past register_parameter, which would refuse "lora_A" because the property of that name exists
         self._parameters[_key("lora_A", name)] = nn.Parameter(lora_A)
         self._parameters[_key("lora_B", name)] = nn.Parameter(lora_B)
@@ -129,6 +142,7 @@ class AdapterLinear(nn.Module):
         self._expect_known(name)
         if self._merged and name in self._merged:
             raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
+        self._settle_principal(name)
         for field in ("lora_A", "lora_B"):
             del self._parameters[_key(field, name)]
         del self._settings[name]
@@ -199,42 +213,71 @@ class AdapterLinear(nn.Module):
         routing = current(self.owner)
         if routing is not None:
             return self._routed(x, routing)
-        if self._merged is not None or not self._active:
+        # not by is_bare: torch.compile watches whether a dictionary is empty only where it is tested itself
+        if self._merged is not None or not (self._active or self._principal):
             return self._base(x)
         return self._adapted(x)
 
+    def is_bare(self, weights: Mapping[str, float]) -> bool:
+        """Whether the base alone is the layer's map where adapters act with these weights."""
+        return not weights and not self._principal
+
+    def terms(self, weights: Mapping[str, float]) -> list[Term]:
+        """The terms of adapters that act with these weights."""
+        adapters = [(self.adapter(name), weight) for name, weight in weights.items()]
+        return [Term(a.lora_A, a.lora_B, a.scaling * weight, a.lora_dropout) for a, weight in adapters]
+
     def _adapted(self, x: Tensor) -> Tensor:
-        parts = [(self.adapter(name), weight) for name, weight in self._active.items()]
-        dropouts = [adapter.lora_dropout if self.training else 0.0 for adapter, _ in parts]
-        first, weight = parts[0]
-        lora_A, lora_B, scaling = first.lora_A, first.lora_B, first.scaling * weight
-        if len(parts) > 1:
-            if len(set(dropouts)) > 1:
-                raise ValueError(
-                    f"active adapters train together only with one lora_dropout, got {sorted(set(dropouts))}"
-                )
-            # adapters in sum are one adapter of the summed rank
-            lora_A = torch.cat([adapter.lora_A for adapter, _ in parts])  # type: ignore[assignment]
-            scaled = [adapter.lora_B * (adapter.scaling * weight) for adapter, weight in parts]
-            lora_B, scaling = torch.cat(scaled, dim=1), 1.0  # type: ignore[assignment]
-        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0])
+        terms, taken_out = self.terms(self._active), self.principal_terms(self._active)
+        dropouts = {term.dropout if self.training else 0.0 for term in terms}
+        if len(dropouts) > 1:
+            raise ValueError(f"active adapters train together only with one lora_dropout, got {sorted(dropouts)}")
+        dropout_p = max(dropouts, default=0.0)
+        if dropout_p and taken_out:
+            # what belongs to the base is not dropped
+            whole = ops.lora_linear(x, self.base_weight(), *in_one(taken_out), self.bias)
+            table = ops.AdapterTable.stack([in_one(terms)])
+            slot_ids = torch.zeros(x.shape[:-1].numel(), dtype=torch.int32, device=x.device)
+            return whole + ops.multi_lora_linear(nn.functional.dropout(x, dropout_p), None, table, slot_ids)
+        lora_A, lora_B, scaling = in_one([*terms, *taken_out])
+        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropout_p)
 
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         if self._merged is not None:
             raise ValueError(f"rows: adapters {sorted(self._merged)} are merged into the base; unmerge first")
         slots = routing.held(self.adapter_names)
         slot_ids = routing.slot_ids(slots, x)
-        if not slots:
-            return self._base(x)
-        adapters = [self.adapter(name) for name in slots]
-        table = ops.AdapterTable.stack([(a.lora_A, a.lora_B, a.scaling) for a in adapters])
-        if not self.training or not any(adapter.lora_dropout for adapter in adapters):
-            return ops.multi_lora_linear(x, self.base_weight(), table, slot_ids, self.bias)
-        share = torch.tensor([adapter.lora_dropout for adapter in adapters] + [0.0], device=x.device)
+        dropouts = [self.adapter(name).lora_dropout if self.training else 0.0 for name in slots]
+        # what a row lacks of the base; the last is that of rows without an adapter, which id -1 finds
+        taken_out = [self.principal_terms({name: 1.0} if name else {}) for name in (*slots, None)]
+        if not any(dropouts):
+            adapters = [[*self.terms({name: 1.0}), *rest] for name, rest in zip(slots, taken_out, strict=False)]
+            return self._by_row(x, self.base_weight(), [*adapters, taken_out[-1]], slot_ids, self.bias)
+        whole = self._by_row(x, self.base_weight(), taken_out, slot_ids, self.bias)
         # id -1 finds the last entry: rows without an adapter drop nothing
-        drop = share[slot_ids].view(*x.shape[:-1], 1)
+        drop = torch.tensor([*dropouts, 0.0], device=x.device)[slot_ids].view(*x.shape[:-1], 1)
         dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
-        return self._base(x) + ops.multi_lora_linear(dropped.to(x.dtype), None, table, slot_ids)
+        adapters = [self.terms({name: 1.0}) for name in slots]
+        return whole + self._by_row(dropped.to(x.dtype), None, [*adapters, []], slot_ids, None)
+
+    def _by_row(
+        self,
+        x: Tensor,
+        weight: Tensor | NF4Weight | None,
+        terms: list[list[Term]],
+        slot_ids: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Every row through the base and the terms of its slot; the last are those of slot -1."""
+        filled = [slot for slot, entry in enumerate(terms) if entry]
+        if not filled:
+            return self._base(x)
+        table = ops.AdapterTable.stack([in_one(terms[slot]) for slot in filled])
+        if filled != list(range(len(terms) - 1)):
+            place = {slot: i for i, slot in enumerate(filled)}
+            places = torch.tensor([place.get(slot, -1) for slot in range(len(terms))], dtype=torch.int32)
+            slot_ids = places.to(x.device)[slot_ids]
+        return ops.multi_lora_linear(x, weight, table, slot_ids, bias)
 
     @property
     def merged(self) -> dict[str, float] | None:
@@ -250,12 +293,22 @@ class AdapterLinear(nn.Module):
         return self.active if names is None else as_weights(names)
 
     def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
-        """``sum_a w_a s_a B_a A_a``, fp32 [N, K]; of the active adapters by default."""
+        """What the base lacks of the map, fp32 [N, K]: ``sum_a w_a s_a B_a A_a`` of the active adapters by default, and
+        what others have taken out of it.
+        """
         weights = self._chosen(names)
         delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for name, weight in weights.items():
             delta += weight * self.adapter(name).delta()
+        for term in self.principal_terms(weights):
+            delta += term.delta()
         return delta
+
+    def whole_weight(self, weights: Mapping[str, float]) -> Tensor:
+        """The base with adapters of these weights in it, fp32 [N, K]; what is merged already is not added again."""
+        base = self.base_weight()
+        dense = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach().float()
+        return dense if self._merged is not None or self.is_bare(weights) else dense + self.delta_weight(weights)
 
     @torch.no_grad()
     def merge(self, names: str | Mapping[str, float] | None = None, *, force: bool = False) -> None:
@@ -286,6 +339,10 @@ class AdapterLinear(nn.Module):
             self._parameters[name] = restored if isinstance(restored, nn.Parameter) else nn.Parameter(restored, False)
         self._merged, self._backup = None, {}
 
+    def _expect_unmerged(self, what: str) -> None:
+        if self._merged is not None:
+            raise ValueError(f"{what}, into which {sorted(self._merged)} are merged; unmerge first")
+
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         """Replace the base's Parameters by merged ones; returns those replaced, by name."""
         raise NotImplementedError
@@ -301,6 +358,11 @@ def _key(field: str, name: str) -> str:
     return field if name == DEFAULT else f"{field}@{name}"
 
 
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
 def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
     """What ``set_active`` takes, as name -> weight; ValueError for a weight that is not finite."""
     if names is None:
@@ -314,9 +376,7 @@ def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
     return weights
 
 
-def _check_new(
-    name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float, init: bool | str
-) -> None:
+def _check_new(name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float) -> None:
     if not isinstance(name, str) or not name or "." in name or "@" in name:
         raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
     if name in taken:
@@ -327,5 +387,3 @@ def _check_new(
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
-    if init not in (True, False, "gaussian"):
-        raise ValueError(f"init must be True, False or 'gaussian', got {init!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn.adapter_linear import DEFAULT, AdapterLinear
+from peftrt.nn.initialisation import Pair, loftq, parse
 from peftrt.nn.nf4_linear import NF4Linear
+from peftrt.nn.principal import Term
 from peftrt.nn.source import carry_over, make_dense, read_dense
 
 
@@ -86,16 +89,29 @@ class LoRALinear(AdapterLinear):
     def _with_adapters(self, weights: Mapping[str, float] | None) -> Tensor:
         """fp32 W + delta; the bare W where nothing is to be added."""
         wanted = self._active if weights is None else weights
-        if self._merged is not None or not wanted:
+        if self._merged is not None or self.is_bare(wanted):
             return self.base_weight()
         return self.base_weight().float() + self.delta_weight(wanted)
 
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         before = self.weight
-        merged = self._with_adapters(weights).to(before.dtype)
-        # a new Parameter: the old one is the backup, and a module that shares it keeps its own bits
-        self.weight = nn.Parameter(merged.t() if self._transposed else merged, requires_grad=False)
+        self._store_base(self._with_adapters(weights))
         return {"weight": before}
+
+    def _store_base(self, weight: Tensor) -> None:
+        stored = weight.to(self.weight.dtype)
+        # a new Parameter: the old one may be a backup, and a module that shares it keeps its own bits
+        self.weight = nn.Parameter(stored.t() if self._transposed else stored, requires_grad=False)
+
+    def _settle_principal(self, name: str) -> None:
+        """A dense base takes back what the adapter held of it."""
+        pair = self.principal_pair(name)
+        if pair is None:
+            return
+        self._expect_unmerged(f"adapter {name!r} holds a part of the base")
+        part = Term(*pair, self._principal[name])
+        self._store_base(self.base_weight().float() + part.delta())
+        self._drop_principal(name)
 
     def extra_repr(self) -> str:
         """Sizes and adapters, as shown by ``print(model)``."""
@@ -158,6 +174,8 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take_over(linear, block_size, double_quant)
+        if r is not None and parse(adapter.get("init", True)).takes_weight:
+            adapter["original"] = read_dense(linear).weight
         _begin(layer, r, adapter_name, adapter)
         return layer
 
@@ -175,7 +193,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         return NF4Linear.forward(self, x)
 
     def _merged_weight(self, dtype: torch.dtype) -> Tensor:
-        if self._merged is not None or not self._active:
+        if self._merged is not None or self.is_bare(self._active):
             return self.nf4_weight().dequantize(dtype)
         return (self.nf4_weight().dequantize(torch.float32) + self.delta_weight()).to(dtype)
 
@@ -194,6 +212,23 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def _requantized(self, weights: Mapping[str, float]) -> NF4Weight:
         merged = self.nf4_weight().dequantize(torch.float32) + self.delta_weight(weights)
         return NF4Weight.quantize(merged.to(self.weight_dtype), self.block_size, self.double_quant)
+
+    def _quantized(self, weight: Tensor) -> NF4Weight:
+        """fp32 [N, K] in the layer's form; not rounded to the base's dtype first."""
+        return replace(NF4Weight.quantize(weight, self.block_size, self.double_quant), dtype=self.weight_dtype)
+
+    def _store_base(self, weight: Tensor) -> None:
+        self._set_weight(self._quantized(weight))
+
+    def _begin_with_loftq(self, weight: Tensor, r: int, scaling: float, iterations: int) -> Pair:
+        if not weight.numel():
+            raise ValueError(
+                "init 'loftq' needs the weight as it was before it was quantised, which this layer has not: begin with "
+                "the dense layer (QLoRALinear.from_linear, peftrt.adapt with quantize='nf4')"
+            )
+        lora_A, lora_B, base = loftq(weight, r, scaling, iterations, self._quantized)
+        self._set_weight(base)
+        return lora_A, lora_B
 
     @torch.no_grad()
     def merge_loss(self, names: str | Mapping[str, float] | None = None) -> float:
