@@ -26,13 +26,14 @@ from peftrt.adapters import (
     unmerge,
 )
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend, release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptReport",
     "BackendError",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "NF4Linear",

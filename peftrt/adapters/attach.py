@@ -31,7 +31,7 @@ from peftrt.adapters.state import (
     unwrap,
 )
 from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES
-from peftrt.nn import AdapterLinear, LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import AdapterLinear, LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
 from peftrt.nn.initialisation import parse
 
 
@@ -57,7 +57,8 @@ def adapt(
     checked before anything is changed; after an error the model is as it was.
 
     Args:
-        model: any module; a Hugging Face one too. ``nn.Linear`` and GPT-2's ``Conv1D`` can be adapted.
+        model: any module; a Hugging Face one too. ``nn.Linear``, GPT-2's ``Conv1D`` and ``nn.Embedding`` can be
+            adapted; embeddings stay dense.
         config: what to adapt, and how. Adapters that begin with the base weight (``init_lora_weights`` "pissa",
             "loftq") see it before it is quantised; over layers that are NF4 already, PiSSA begins with the dequantised
             weight and quantises its rest anew, which a warning says, and LoftQ is refused.
@@ -201,7 +202,13 @@ def adapter_parameters(model: nn.Module, name: str, plan: Plan) -> list[nn.Param
 def wrap_dense(model: nn.Module, plan: Plan, state: ModelAdapters) -> None:
     """Put layers without adapters in the place of the plan's dense modules; nothing is quantised or copied."""
     for path in plan.paths:
-        _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
+        _swap(model, path, state, _dense_layer)
+
+
+def _dense_layer(module: nn.Module) -> AdapterLinear:
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding.from_embedding(module, r=None)
+    return LoRALinear.from_linear(module, r=None)
 
 
 def _attach_and_train(
@@ -238,7 +245,7 @@ def _wrap(
             if source is not None:
                 source.fill(path)
             if storage["quantize"] is None or path in plan.dense:
-                _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
+                _swap(model, path, state, _dense_layer)
             else:
                 _swap(model, path, state, partial(QLoRALinear.from_linear, **begin(path), **options))
                 done += path in plan.new
@@ -294,7 +301,7 @@ def _expect_unmerged(state: ModelAdapters) -> None:
 
 def _expect_finite(model: nn.Module, plan: Plan) -> None:
     """NaN cannot be quantised: it would become a number."""
-    for path in plan.new:
+    for path in [path for path in plan.new if path not in plan.dense]:
         weight = model.get_submodule(path).weight
         assert isinstance(weight, torch.Tensor)
         # A sum is one pass without a temporary of the weight's size; only where it is not finite, look closer.

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftrt import ops
 from peftrt.adapters.state import unwrap
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import AdapterLinear, NF4Linear
+from peftrt.nn import AdapterLinear, LoRAEmbedding, NF4Linear
 from peftrt.ops._backend import Choice
 from peftrt.ops._define import NAMESPACE, OPS
 
@@ -31,8 +31,8 @@ class SiteChoice:
     """What serves one site.
 
     Attributes:
-        op: the operation: ``lora_linear``, ``nf4_linear``, or ``linear`` (torch's own) for a dense base without an
-            active adapter.
+        op: the operation: ``lora_linear``, ``nf4_linear``, ``linear`` (torch's own) for a dense base without an active
+            adapter, or ``embedding`` (torch's own), with or without.
         backend: ``native``, ``triton``, ``reference``, or ``torch``.
         reasons: backend -> why it does not serve the site.
     """
@@ -100,6 +100,9 @@ def explain(target: nn.Module | str | Callable[..., Any], *args: Any, **kwargs: 
 def site_choice(layer: nn.Module) -> SiteChoice:
     """What serves one row through the layer, with the adapters that are active."""
     assert isinstance(layer, AdapterLinear | NF4Linear)
+    if isinstance(layer, LoRAEmbedding):
+        # a few rows are gathered: there is nothing for a kernel of its own to save
+        return SiteChoice("embedding", "torch")
     weight = layer.base_weight()
     dtype = weight.dtype
     x = torch.empty(1, layer.in_features, dtype=dtype, device=weight.device)

@@ -15,7 +15,7 @@ from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dens
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
 from peftrt.adapters.match import matches
-from peftrt.adapters.plan import Plan, cannot_adapt, is_linear, output_head, sizes
+from peftrt.adapters.plan import Plan, cannot_adapt, is_embedding, is_linear, output_head, sizes
 from peftrt.adapters.saved import SavedModule, check_tensors
 from peftrt.adapters.state import (
     ModelAdapters,
@@ -32,7 +32,7 @@ from peftrt.adapters.state import (
 from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.formats.peft_dir import CONFIG_NAME, find_peft_dir, join_key, read_peft_dir, write_peft_dir
-from peftrt.nn import AdapterLinear
+from peftrt.nn import AdapterLinear, NF4Linear
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -62,8 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
     for module_path, layer in layers.items():
         lora_A, lora_B = _change(layer, name)
-        tensors[join_key(module_path, "lora_A")] = lora_A
-        tensors[join_key(module_path, "lora_B")] = lora_B
+        for part, half in zip(layer.fields, (lora_A, lora_B), strict=True):
+            tensors[join_key(module_path, part)] = half
     for module_path, module in saved_modules(model, state).items():
         if name in module.copy_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
@@ -81,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         # what "all-linear" means depends on the reader's version and on the model's class: the modules are named, as by
         # peft
         config = replace(config, target_modules=tuple(sorted(layers)))
-    transposed = any(layer._transposed for layer in layers.values())
+    transposed = any(layer._transposed and not is_embedding(layer) for layer in layers.values())
     base = base_model_name(model) or config.base_model_name_or_path
     config = replace(config, fan_in_fan_out=config.fan_in_fan_out or transposed, base_model_name_or_path=base)
     write_peft_dir(path, config.to_peft_dict(), tensors)
@@ -133,7 +133,8 @@ def load(
         ValueError: the name is taken, or adapters are merged.
 
     Warns:
-        UserWarning: the adapter was made for a base of another name, or for the NF4 base that LoftQ made with it.
+        UserWarning: the adapter was made for a base of another name, or for the NF4 base that LoftQ made with it; or
+            the file holds an embedding or a head, as peft writes them along, that is not the model's, which is kept.
     """
     if adapter_dtype not in FLOAT_DTYPES:
         raise TypeError(f"load: adapter_dtype must be fp32, bf16 or fp16, got {adapter_dtype!r}")
@@ -150,6 +151,7 @@ def load(
     parts = validate_lora_tensors(config, tensors, directory)
     plan = _fit(model, config, state, parts, directory)
     _compare_base(model, config, source)
+    _compare_tensors(model, parts, directory)
     if config.init_lora_weights == "loftq":
         told = "it began with LoftQ and belongs to the NF4 base that was made with it: over another it means less"
         warnings.warn(f"{source}: {told}", UserWarning, stacklevel=2)
@@ -209,6 +211,10 @@ def _fit(model: nn.Module, config: LoraConfig, state: ModelAdapters, parts: Lora
         reason = cannot_adapt(module, state)
         if reason is not None:
             raise FormatError(f"{source}: module {path!a} cannot be adapted: {reason}")
+        if is_embedding(module) != (path in parts.embeddings):
+            kind = "an embedding" if path in parts.embeddings else "a linear layer"
+            found = "an embedding" if is_embedding(module) else type(module).__name__
+            raise FormatError(f"{source}: module {path!a}: the tensors are of {kind}, the module is {found}")
         n, k = sizes(module)
         if (lora_B.shape[0], lora_A.shape[1]) != (n, k):
             raise FormatError(
@@ -218,7 +224,8 @@ def _fit(model: nn.Module, config: LoraConfig, state: ModelAdapters, parts: Lora
         (plan.existing if isinstance(module, AdapterLinear) else plan.new).append(path)
     head = output_head(model, config)
     for path, module in modules.items():
-        if not path or path in parts.pairs or not is_linear(module) or (config.targets_all_linear and module is head):
+        named = is_linear(module) or (is_embedding(module) and not config.targets_all_linear)
+        if not path or path in parts.pairs or not named or (config.targets_all_linear and module is head):
             continue
         if matches(path, config):
             raise FormatError(f"{source}: no tensors for {path!a}, which target_modules names: made for another base?")
@@ -245,3 +252,24 @@ def _compare_base(model: nn.Module, config: LoraConfig, source: str) -> None:
     here, there = base_model_name(model), config.base_model_name_or_path
     if here and there and here.rstrip("/") != there.rstrip("/"):
         warnings.warn(f"{source}: made for the base {there!a}, the model is {here!a}", UserWarning, stacklevel=3)
+
+
+def _compare_tensors(model: nn.Module, parts: LoraState, source: str) -> None:
+    """peft writes the tensors of adapted embeddings and heads along, and would load them over the model's."""
+    for path, tensors in parts.bases.items():
+        module = model.get_submodule(path)
+        if isinstance(module, NF4Linear) or (isinstance(module, AdapterLinear) and not module.is_bare({})):
+            continue  # stored in another form
+        for name, theirs in tensors.items():
+            ours = getattr(module, name, None)
+            if not isinstance(ours, Tensor) or not _same(ours.detach(), theirs):
+                told = f"another {path}.{name} than the model's, which is kept: the adapter was trained over the other"
+                warnings.warn(f"{source}: holds {told}", UserWarning, stacklevel=3)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal once both are rounded to the dtype of either."""
+    if ours.shape != theirs.shape:
+        return False
+    theirs = theirs.to(ours.device)
+    return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))

@@ -12,6 +12,7 @@ from peftrt.adapters.match import matches, unmatched_targets
 from peftrt.formats.errors import FormatError, UnsupportedError
 from peftrt.formats.peft_dir import split_key
 
+_EMBEDDING = "lora_embedding_"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,11 +21,15 @@ class LoraState:
     """An adapter's tensors by module.
 
     Attributes:
-        pairs: path -> (lora_A [R, K], lora_B [N, R]).
+        pairs: path -> (lora_A [R, K], lora_B [N, R]); of an embedding of V words of D features, K = V and N = D.
+        embeddings: paths in ``pairs`` that must be embeddings.
+        bases: path in ``pairs`` -> tensors of the module itself by name, which peft writes along for some.
         saved: path of a module in ``modules_to_save`` -> its parameters and buffers by name.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    bases: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -52,16 +57,20 @@ def validate_lora_tensors(
             raise FormatError(f"{source}: {error}") from None
         if part == "lora_B.bias":
             raise UnsupportedError(f"{source}: key {key!a}: a bias of lora_B (lora_bias) is not supported")
-        if part == "saved":
-            state.saved.setdefault(path, {})[leaf] = tensor
+        if part in ("saved", "base"):
+            (state.saved if part == "saved" else state.bases).setdefault(path, {})[leaf] = tensor
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise FormatError(f"{source}: key {key!a}: expected a matrix that is not empty, got {tuple(tensor.shape)}")
+        if part.startswith(_EMBEDDING):
+            state.embeddings.add(path)
         halves.setdefault(path, {})[part] = tensor
     for path, parts in halves.items():
         state.pairs[path] = _pair(path, parts, config, source)
+    if strays := sorted(state.bases.keys() - state.pairs.keys()):
+        raise FormatError(f"{source}: module {strays[0]!a} has tensors of its own, but no adapter")
     unmatched = unmatched_targets(config, state.pairs)
     if unmatched:
         raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
@@ -71,10 +80,14 @@ def validate_lora_tensors(
 def _pair(
     path: str, parts: Mapping[str, torch.Tensor], config: LoraConfig, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+    kind = _EMBEDDING if any(part.startswith(_EMBEDDING) for part in parts) else "lora_"
+    names = (f"{kind}A", f"{kind}B")
+    for part in names:
         if part not in parts:
-            raise FormatError(f"{source}: module {path!a} has {other} but no {part}")
-    lora_a, lora_b = parts["lora_A"], parts["lora_B"]
+            raise FormatError(f"{source}: module {path!a} has {', '.join(sorted(parts))} but no {part}")
+    if len(parts) > 2:
+        raise FormatError(f"{source}: module {path!a} has the matrices of a linear layer and of an embedding")
+    lora_a, lora_b = (parts[part] for part in names)
     if not matches(path, config):
         raise FormatError(f"{source}: module {path!a} has tensors, but the configuration does not target it")
     if lora_a.shape[0] != lora_b.shape[1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class AdapterLinear(PrincipalParts):
     called "default", ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is:
     ``base_weight``.
     """
+
+    # what an adapter's Parameters are called
+    fields: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
     in_features: int
     out_features: int
@@ -129,13 +132,16 @@ class AdapterLinear(PrincipalParts):
             given = (original, loftq_config, adapter_dtype)
             lora_A, lora_B = self._begin_with_weight(name, init, r, scaling, *given)
         else:
-            shape = (r, self.out_features, self.in_features)
-            lora_A, lora_B = initialisation.draw(init, *shape, adapter_dtype, self.weight.device)
+            lora_A, lora_B = self._draw(init, r, adapter_dtype)
         # past register_parameter, which would refuse "lora_A" because the property of that name exists
-        self._parameters[_key("lora_A", name)] = nn.Parameter(lora_A)
-        self._parameters[_key("lora_B", name)] = nn.Parameter(lora_B)
+        for field, half in zip(self.fields, (lora_A, lora_B), strict=True):
+            self._parameters[_key(field, name)] = nn.Parameter(half)
         self._settings[name] = _Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
         return self.adapter(name)
+
+    def _draw(self, init: bool | str, r: int, dtype: torch.dtype) -> initialisation.Pair:
+        """A and B of an initialisation that does not look at the weight."""
+        return initialisation.draw(init, r, self.out_features, self.in_features, dtype, self.weight.device)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; it must exist and not be merged."""
@@ -143,7 +149,7 @@ class AdapterLinear(PrincipalParts):
         if self._merged and name in self._merged:
             raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
         self._settle_principal(name)
-        for field in ("lora_A", "lora_B"):
+        for field in self.fields:
             del self._parameters[_key(field, name)]
         del self._settings[name]
         self._active.pop(name, None)
@@ -157,7 +163,7 @@ class AdapterLinear(PrincipalParts):
         """The adapter of that name; KeyError where there is none."""
         self._expect_known(name)
         settings = self._settings[name]
-        lora_A, lora_B = self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
+        lora_A, lora_B = (self._parameters[_key(field, name)] for field in self.fields)
         assert lora_A is not None
         assert lora_B is not None
         return Adapter(lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora)

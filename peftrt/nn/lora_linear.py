@@ -48,7 +48,7 @@ class LoRALinear(AdapterLinear):
     ) -> None:
         super().__init__()
         self._take_over(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
-        _begin(self, r, adapter_name, adapter)
+        begin(self, r, adapter_name, adapter)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *, r: int | None = 8, adapter_name: str = DEFAULT, **adapter: Any) -> Self:
@@ -60,7 +60,7 @@ class LoRALinear(AdapterLinear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take_over(linear)
-        _begin(layer, r, adapter_name, adapter)
+        begin(layer, r, adapter_name, adapter)
         return layer
 
     def _take_over(self, linear: nn.Module) -> None:
@@ -153,7 +153,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
             device=device,
             dtype=dtype,
         )
-        _begin(self, r, adapter_name, adapter)
+        begin(self, r, adapter_name, adapter)
 
     @classmethod
     def from_linear(
@@ -176,7 +176,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         layer._take_over(linear, block_size, double_quant)
         if r is not None and parse(adapter.get("init", True)).takes_weight:
             adapter["original"] = read_dense(linear).weight
-        _begin(layer, r, adapter_name, adapter)
+        begin(layer, r, adapter_name, adapter)
         return layer
 
     def _take_over(
@@ -243,7 +243,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         return 0.0 if norm == 0.0 else min(1.0, max(0.0, 1.0 - (change * delta).sum().item() / norm))
 
 
-def _begin(layer: AdapterLinear, r: int | None, name: str, adapter: Mapping[str, Any]) -> None:
+def begin(layer: AdapterLinear, r: int | None, name: str, adapter: Mapping[str, Any]) -> None:
     """Add and activate the adapter that a new layer begins with."""
     if r is None:
         if adapter:
