@@ -62,8 +62,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
     for module_path, layer in layers.items():
         lora_A, lora_B = _change(layer, name)
-        for part, half in zip(layer.fields, (lora_A, lora_B), strict=True):
+        for part, half in zip(layer.fields[:2], (lora_A, lora_B), strict=True):
             tensors[join_key(module_path, part)] = half
+        magnitude = layer.adapter(name).magnitude
+        if magnitude is not None:
+            tensors[join_key(module_path, "lora_magnitude_vector")] = magnitude.detach()
     for module_path, module in saved_modules(model, state).items():
         if name in module.copy_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
@@ -122,7 +125,7 @@ def load(
         trainable: whether it requires gradients.
         replace: take the place of an adapter of that name; whether it is active stays.
         allow_nonfinite: accept NaN and infinity.
-        adapter_dtype: of A and B in the model.
+        adapter_dtype: of A, B and DoRA's magnitudes in the model.
 
     Returns:
         The adapter's configuration.

@@ -18,7 +18,7 @@ from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import AdapterLinear, LoRAEmbedding, NF4Linear
 from peftrt.nn.initialisation import parse, refusal
-from peftrt.nn.lora_embedding import refused_start
+from peftrt.nn.lora_embedding import NO_DORA, refused_start
 from peftrt.nn.source import is_conv1d, unsuitable, unsuitable_embedding
 
 # peft's names of the heads that a task trains whole, because they come untrained.
@@ -112,6 +112,8 @@ def check_initialisation(model: nn.Module, config: LoraConfig, plan: Plan, quant
     init = config.init_lora_weights
     for path in plan.paths:
         if is_embedding(model.get_submodule(path)):
+            if config.use_dora:
+                raise UnsupportedError(f"use_dora: {path}: {NO_DORA}")
             if init != "loftq" and (reason := refused_start(init)) is not None:
                 raise UnsupportedError(f"init_lora_weights: {path}: {reason}")
             continue

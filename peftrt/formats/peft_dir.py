@@ -40,6 +40,7 @@ _SUFFIXES = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
     ".lora_B.bias": "lora_B.bias",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
     ".lora_embedding_A": "lora_embedding_A",
     ".lora_embedding_B": "lora_embedding_B",
 }
@@ -50,9 +51,10 @@ _BASE = ".base_layer."
 class PeftKey(NamedTuple):
     """A key of ``adapter_model.safetensors`` taken apart.
 
-    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias", "lora_embedding_A",
-    "lora_embedding_B", "base" for a tensor of the adapted module itself, or "saved" for a parameter of a module in
-    ``modules_to_save``; of the last two ``leaf`` is the name in that module.
+    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias",
+    "lora_magnitude_vector" (DoRA's), "lora_embedding_A", "lora_embedding_B", "base" for a tensor of the adapted module
+    itself, or "saved" for a parameter of a module in ``modules_to_save``; of the last two ``leaf`` is the name in that
+    module.
     """
 
     path: str

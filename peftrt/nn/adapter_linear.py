@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,38 +12,11 @@ from torch import Tensor, nn
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import initialisation
+from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, as_weights, check_new, parameter_name, scaling_of
+from peftrt.nn.magnitude import RememberedScales
 from peftrt.nn.principal import PrincipalParts, Term, in_one
-from peftrt.nn.routing import AdapterSet, Routing, current
-
-DEFAULT = "default"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of a layer: its hyper-parameters, and its Parameters as they are now.
-
-    Attributes:
-        lora_A: ``[R, K]``.
-        lora_B: ``[N, R]``.
-        r, lora_alpha, lora_dropout, use_rslora: as given to ``add_adapter``.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-
-    @property
-    def scaling(self) -> float:
-        """s: alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return scaling_of(self.r, self.lora_alpha, self.use_rslora)
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """s B A, fp32 [N, K]."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+from peftrt.nn.routing import AdapterSet, current
+from peftrt.nn.rows import by_row
 
 
 @dataclass(frozen=True)
@@ -58,14 +30,18 @@ class _Settings:
 class AdapterLinear(PrincipalParts):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
-    The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own
-    adapter instead. An adapter's matrices are Parameters of the layer itself: ``lora_A`` and ``lora_B`` for the one
-    called "default", ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is:
-    ``base_weight``.
+    The sum goes over the active adapters with their weights. A DoRA adapter, active alone, gives ``y = c * (x W^T + s
+    (drop(x) A^T) B^T) + b`` with ``c = m / ||W + s B A||``. Under a routing (``peftrt.rows``) every row has its own
+    adapter instead. An adapter's tensors are Parameters of the layer itself: ``lora_A``, ``lora_B`` and, for DoRA,
+    ``lora_magnitude`` for the one called "default", ``lora_A@fr`` ... for one called "fr". Subclasses say where the
+    base weight is: ``base_weight``.
+
+    In ``eval()`` without gradients c is remembered until W, A, B or m changes. A change through ``.data``, which torch
+    does not count, is seen after the next ``train()`` or ``eval()``.
     """
 
     # what an adapter's Parameters are called
-    fields: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    fields: ClassVar[tuple[str, str, str]] = FIELDS
 
     in_features: int
     out_features: int
@@ -78,6 +54,7 @@ class AdapterLinear(PrincipalParts):
         self._active: dict[str, float] = {}
         self._merged: dict[str, float] | None = None
         self._backup: dict[str, Tensor] = {}
+        self._scales = RememberedScales()
         self.owner = AdapterSet()
         self._init_principal()
 
@@ -96,6 +73,7 @@ class AdapterLinear(PrincipalParts):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init: bool | str = True,
         loftq_config: Mapping[str, Any] | None = None,
         original: Tensor | None = None,
@@ -109,6 +87,8 @@ class AdapterLinear(PrincipalParts):
             lora_alpha: alpha.
             lora_dropout: probability in [0, 1) that an element of the adapter's input is zeroed in training.
             use_rslora: scale by alpha / sqrt(R).
+            use_dora: train the rows' magnitudes apart, which begin as those of the adapted weight (Liu et al. 2024,
+                arXiv:2402.09353): it changes nothing at first.
             init: as peft's ``init_lora_weights``, see :mod:`peftrt.nn.initialisation`. True: A Kaiming-uniform, B zero.
                 "gaussian": A normal with deviation 1 / R, B zero. "orthogonal": neither is zero, B A is. False: both
                 Kaiming-uniform, so that the adapter changes the output from the start (for tests). "pissa" and
@@ -118,12 +98,15 @@ class AdapterLinear(PrincipalParts):
             loftq_config: ``{"loftq_bits": 4, "loftq_iter": n}``, n = 1 by default.
             original: W [N, K] as it was before it was quantised: "loftq" needs it; without it "pissa" over an NF4 base
                 begins with the dequantised weight.
-            adapter_dtype: of A and B.
+            adapter_dtype: of A, B and the magnitude.
 
         Raises:
-            ValueError: the name is taken or unusable, or a value is out of its range.
+            ValueError: the name is taken or unusable, or a value is out of its range; for DoRA also if something is
+                merged into the weight whose norms are asked for.
         """
-        _check_new(name, self._settings, r, lora_alpha, lora_dropout)
+        if use_dora:
+            self._expect_dora_fits()
+        check_new(name, self._settings, r, lora_alpha, lora_dropout)
         scaling = scaling_of(r, lora_alpha, use_rslora)
         reason = initialisation.refusal(init, r, scaling, self.out_features, self.in_features)
         if reason is not None:
@@ -134,14 +117,27 @@ class AdapterLinear(PrincipalParts):
         else:
             lora_A, lora_B = self._draw(init, r, adapter_dtype)
         # past register_parameter, which would refuse "lora_A" because the property of that name exists
-        for field, half in zip(self.fields, (lora_A, lora_B), strict=True):
-            self._parameters[_key(field, name)] = nn.Parameter(half)
+        for field, half in zip(self.fields, (lora_A, lora_B), strict=False):
+            self._parameters[parameter_name(field, name)] = nn.Parameter(half)
         self._settings[name] = _Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
+        if use_dora:
+            self._parameters[parameter_name("lora_magnitude", name)] = self._first_magnitude(name, adapter_dtype)
         return self.adapter(name)
 
     def _draw(self, init: bool | str, r: int, dtype: torch.dtype) -> initialisation.Pair:
         """A and B of an initialisation that does not look at the weight."""
         return initialisation.draw(init, r, self.out_features, self.in_features, dtype, self.weight.device)
+
+    def _expect_dora_fits(self) -> None:
+        if self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before adding one with use_dora")
+
+    def _first_magnitude(self, name: str, dtype: torch.dtype) -> nn.Parameter:
+        """``||W + s B A||``, so that c is 1."""
+        if self.weight.is_meta:
+            return nn.Parameter(torch.empty(self.out_features, dtype=dtype, device="meta"))
+        low_rank = in_one([*self.terms({name: 1.0}), *self.principal_terms({name: 1.0})])
+        return nn.Parameter(ops.lora_weight_norm(self.base_weight(), *low_rank).to(dtype))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; it must exist and not be merged."""
@@ -150,7 +146,7 @@ class AdapterLinear(PrincipalParts):
             raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
         self._settle_principal(name)
         for field in self.fields:
-            del self._parameters[_key(field, name)]
+            self._parameters.pop(parameter_name(field, name), None)
         del self._settings[name]
         self._active.pop(name, None)
 
@@ -163,21 +159,24 @@ class AdapterLinear(PrincipalParts):
         """The adapter of that name; KeyError where there is none."""
         self._expect_known(name)
         settings = self._settings[name]
-        lora_A, lora_B = (self._parameters[_key(field, name)] for field in self.fields)
+        lora_A, lora_B, magnitude = (self._parameters.get(parameter_name(field, name)) for field in self.fields)
         assert lora_A is not None
         assert lora_B is not None
-        return Adapter(lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora)
+        values = settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora
+        return Adapter(lora_A, lora_B, *values, magnitude)
 
     def set_active(self, names: str | Mapping[str, float] | None) -> None:
         """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. ``requires_grad`` stays.
 
         Raises:
             KeyError: an unknown name.
-            ValueError: a weight that is not finite, or adapters are merged.
+            ValueError: a weight that is not finite, adapters are merged, or a DoRA adapter is not alone or has another
+                weight than 1.
         """
         weights = as_weights(names)
         for name in weights:
             self._expect_known(name)
+        self._dora_among(weights)
         if self._merged is not None and weights != self._active:
             raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before activating others")
         self._active = weights
@@ -198,6 +197,11 @@ class AdapterLinear(PrincipalParts):
         return self._only_active().lora_B
 
     @property
+    def lora_magnitude(self) -> nn.Parameter | None:
+        """m [N] of the active adapter, None where it is not DoRA's; an error where there is not exactly one."""
+        return self._only_active().magnitude
+
+    @property
     def scaling(self) -> float:
         """s of the active adapter; an error where there is not exactly one."""
         return self._only_active().scaling
@@ -212,13 +216,33 @@ class AdapterLinear(PrincipalParts):
         if name not in self._settings:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
 
+    def _dora_among(self, weights: Mapping[str, float]) -> Adapter | None:
+        """The one DoRA adapter that is asked for; None where none is, an error where it is not alone."""
+        names = [name for name in weights if parameter_name("lora_magnitude", name) in self._parameters]
+        if names and (len(weights) > 1 or weights[names[0]] != 1.0):
+            raise ValueError(
+                f"{', '.join(map(repr, names))} of DoRA (use_dora) cannot be summed: a magnitude multiplies the base's "
+                f"share too. Such an adapter is used alone, with weight 1; got {dict(weights)}"
+            )
+        return self.adapter(names[0]) if names else None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of ``nn.Module``; what DoRA remembers in ``eval()`` is computed again."""
+        self._scales.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # memory that is given up here may come back under the same address
+        self._scales.forget()
+        return super()._apply(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and
         :func:`peftrt.ops.multi_lora_linear`.
         """
         routing = current(self.owner)
         if routing is not None:
-            return self._routed(x, routing)
+            return by_row(self, x, routing)
         # not by is_bare: torch.compile watches whether a dictionary is empty only where it is tested itself
         if self._merged is not None or not (self._active or self._principal):
             return self._base(x)
@@ -239,51 +263,41 @@ class AdapterLinear(PrincipalParts):
         if len(dropouts) > 1:
             raise ValueError(f"active adapters train together only with one lora_dropout, got {sorted(dropouts)}")
         dropout_p = max(dropouts, default=0.0)
+        row_scale = self._row_scale([*terms, *taken_out])
         if dropout_p and taken_out:
-            # what belongs to the base is not dropped
-            whole = ops.lora_linear(x, self.base_weight(), *in_one(taken_out), self.bias)
-            table = ops.AdapterTable.stack([in_one(terms)])
-            slot_ids = torch.zeros(x.shape[:-1].numel(), dtype=torch.int32, device=x.device)
-            return whole + ops.multi_lora_linear(nn.functional.dropout(x, dropout_p), None, table, slot_ids)
+            return self._adapted_beside(x, terms, taken_out, dropout_p, row_scale)
         lora_A, lora_B, scaling = in_one([*terms, *taken_out])
-        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropout_p)
+        options: dict[str, Any] = {"dropout_p": dropout_p, "row_scale": row_scale}
+        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, **options)
 
-    def _routed(self, x: Tensor, routing: Routing) -> Tensor:
-        if self._merged is not None:
-            raise ValueError(f"rows: adapters {sorted(self._merged)} are merged into the base; unmerge first")
-        slots = routing.held(self.adapter_names)
-        slot_ids = routing.slot_ids(slots, x)
-        dropouts = [self.adapter(name).lora_dropout if self.training else 0.0 for name in slots]
-        # what a row lacks of the base; the last is that of rows without an adapter, which id -1 finds
-        taken_out = [self.principal_terms({name: 1.0} if name else {}) for name in (*slots, None)]
-        if not any(dropouts):
-            adapters = [[*self.terms({name: 1.0}), *rest] for name, rest in zip(slots, taken_out, strict=False)]
-            return self._by_row(x, self.base_weight(), [*adapters, taken_out[-1]], slot_ids, self.bias)
-        whole = self._by_row(x, self.base_weight(), taken_out, slot_ids, self.bias)
-        # id -1 finds the last entry: rows without an adapter drop nothing
-        drop = torch.tensor([*dropouts, 0.0], device=x.device)[slot_ids].view(*x.shape[:-1], 1)
-        dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
-        adapters = [self.terms({name: 1.0}) for name in slots]
-        return whole + self._by_row(dropped.to(x.dtype), None, [*adapters, []], slot_ids, None)
-
-    def _by_row(
-        self,
-        x: Tensor,
-        weight: Tensor | NF4Weight | None,
-        terms: list[list[Term]],
-        slot_ids: Tensor,
-        bias: Tensor | None,
+    def _adapted_beside(
+        self, x: Tensor, terms: list[Term], taken_out: list[Term], dropout_p: float, row_scale: Tensor | None
     ) -> Tensor:
-        """Every row through the base and the terms of its slot; the last are those of slot -1."""
-        filled = [slot for slot, entry in enumerate(terms) if entry]
-        if not filled:
-            return self._base(x)
-        table = ops.AdapterTable.stack([in_one(terms[slot]) for slot in filled])
-        if filled != list(range(len(terms) - 1)):
-            place = {slot: i for i, slot in enumerate(filled)}
-            places = torch.tensor([place.get(slot, -1) for slot in range(len(terms))], dtype=torch.int32)
-            slot_ids = places.to(x.device)[slot_ids]
-        return ops.multi_lora_linear(x, weight, table, slot_ids, bias)
+        """Adapters with dropout over a base of which parts are out: what belongs to the base is not dropped."""
+        whole = ops.lora_linear(x, self.base_weight(), *in_one(taken_out), self.bias, row_scale=row_scale)
+        table = ops.AdapterTable.stack([in_one(terms)])
+        slot_ids = torch.zeros(x.shape[:-1].numel(), dtype=torch.int32, device=x.device)
+        change = ops.multi_lora_linear(nn.functional.dropout(x, dropout_p), None, table, slot_ids)
+        return whole + (change if row_scale is None else (change * row_scale).to(change.dtype))
+
+    def _row_scale(self, terms: list[Term]) -> Tensor | None:
+        """c where a DoRA adapter is active, remembered in ``eval()`` without gradients; None where none is."""
+        # the first name is all that there can be of DoRA's
+        name = next(iter(self._active), None)
+        magnitude = None if name is None else self.adapter(name).magnitude
+        if name is None or magnitude is None:
+            return None
+        scale = magnitude
+
+        def compute() -> Tensor:
+            return ops.dora_scale(self.base_weight(), *in_one(terms), scale)
+
+        adapter = self.adapter(name)
+        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in adapter.parameters)):
+            return compute()
+        base = [p for key, p in self._parameters.items() if p is not None and key.startswith("weight")]
+        halves = [half for term in terms for half in (term.lora_A, term.lora_B)]
+        return self._scales.get(name, (magnitude, *halves, *base), adapter.scaling, compute)
 
     @property
     def merged(self) -> dict[str, float] | None:
@@ -298,23 +312,48 @@ class AdapterLinear(PrincipalParts):
         """The adapters named, with their weights; the active ones by default."""
         return self.active if names is None else as_weights(names)
 
+    @torch.no_grad()
+    def adapted_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
+        """W with adapters (by default the active ones) in it, fp32 [N, K]; the weight as it is while merged.
+
+        ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`set_active`.
+        """
+        base = self.base_weight()
+        wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach().float()
+        weights = self._chosen(names)
+        dora = self._dora_among(weights)
+        if self._merged is not None or self.is_bare(weights):
+            return wide
+        terms = [*self.terms(weights), *self.principal_terms(weights)]
+        adapted = wide + sum(term.delta() for term in terms)
+        if dora is None or dora.magnitude is None:
+            return adapted
+        return adapted * ops.dora_scale(base, *in_one(terms), dora.magnitude).unsqueeze(1)
+
     def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
-        """What the base lacks of the map, fp32 [N, K]: ``sum_a w_a s_a B_a A_a`` of the active adapters by default, and
-        what others have taken out of it.
+        """What adapters (by default the active ones) add to W, fp32 [N, K]: ``sum_a w_a s_a B_a A_a``, less the part of
+        W that one began with; or ``c * (W + s B A) - W`` of a DoRA adapter.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`set_active`, or a DoRA adapter while something is merged.
         """
         weights = self._chosen(names)
+        if self._dora_among(weights) is None:
+            return self._low_rank_sum(weights)
+        if self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge to see what {list(weights)} adds")
+        return self.adapted_weight(weights) - self.adapted_weight({})
+
+    def _low_rank_sum(self, weights: Mapping[str, float]) -> Tensor:
         delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for name, weight in weights.items():
             delta += weight * self.adapter(name).delta()
-        for term in self.principal_terms(weights):
-            delta += term.delta()
+            if (pair := self.principal_pair(name)) is not None:
+                delta -= weight * Term(*pair, self._principal[name]).delta()
         return delta
-
-    def whole_weight(self, weights: Mapping[str, float]) -> Tensor:
-        """The base with adapters of these weights in it, fp32 [N, K]; what is merged already is not added again."""
-        base = self.base_weight()
-        dense = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach().float()
-        return dense if self._merged is not None or self.is_bare(weights) else dense + self.delta_weight(weights)
 
     @torch.no_grad()
     def merge(self, names: str | Mapping[str, float] | None = None, *, force: bool = False) -> None:
@@ -329,6 +368,7 @@ class AdapterLinear(PrincipalParts):
         weights = self._chosen(names)
         for name in weights:
             self._expect_known(name)
+        self._dora_among(weights)
         self._backup = self._merge_into_base(weights, force)
         self._merged = weights
 
@@ -355,41 +395,6 @@ class AdapterLinear(PrincipalParts):
 
     def extra_repr(self) -> str:
         """Sizes and adapters, as shown by ``print(model)``."""
-        ranks = ", ".join(f"{name}: r={settings.r}" for name, settings in self._settings.items())
+        dora = {name: ", DoRA" for name in self._settings if parameter_name("lora_magnitude", name) in self._parameters}
+        ranks = ", ".join(f"{name}: r={settings.r}{dora.get(name, '')}" for name, settings in self._settings.items())
         return f"{super().extra_repr()}, adapters=({ranks}), active={list(self._active)}"
-
-
-def _key(field: str, name: str) -> str:
-    """Name of the Parameter that holds ``lora_A`` or ``lora_B`` of an adapter."""
-    return field if name == DEFAULT else f"{field}@{name}"
-
-
-def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """What B A is multiplied by."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
-    """What ``set_active`` takes, as name -> weight; ValueError for a weight that is not finite."""
-    if names is None:
-        return {}
-    if isinstance(names, str):
-        return {names: 1.0}
-    weights = {name: float(weight) for name, weight in names.items()}
-    for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"adapter {name!r}: weight must be finite, got {weight}")
-    return weights
-
-
-def _check_new(name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float) -> None:
-    if not isinstance(name, str) or not name or "." in name or "@" in name:
-        raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
-    if name in taken:
-        raise ValueError(f"adapter {name!r} exists already")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")

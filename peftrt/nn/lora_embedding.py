@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftrt.nn import initialisation
-from peftrt.nn.adapter_linear import DEFAULT, Adapter, AdapterLinear
+from peftrt.nn.adapter import DEFAULT, Adapter
+from peftrt.nn.adapter_linear import AdapterLinear
 from peftrt.nn.initialisation import Pair
 from peftrt.nn.lora_linear import begin
 from peftrt.nn.routing import Routing, current
 from peftrt.nn.source import carry_over, unsuitable_embedding
 
+NO_DORA = "DoRA (use_dora) of an embedding is not supported"
 # Rows of the table that merging works on at a time.
 _CHUNK = 4096
 
@@ -35,7 +37,7 @@ class LoRAEmbedding(AdapterLinear):
     Source: LoRA, Hu et al. 2021 (arXiv:2106.09685).
     """
 
-    fields: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
+    fields: ClassVar[tuple[str, str, str]] = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude")
 
     num_embeddings: int
     embedding_dim: int
@@ -81,6 +83,9 @@ class LoRAEmbedding(AdapterLinear):
     def base_weight(self) -> Tensor:
         """W = E^T, [D, V], a view."""
         return self.weight.t()
+
+    def _expect_dora_fits(self) -> None:
+        raise ValueError(NO_DORA)
 
     def _draw(self, init: bool | str, r: int, dtype: torch.dtype) -> Pair:
         if (reason := refused_start(init)) is not None:

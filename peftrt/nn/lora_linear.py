@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn.adapter_linear import DEFAULT, AdapterLinear
+from peftrt.nn.adapter import DEFAULT
+from peftrt.nn.adapter_linear import AdapterLinear
 from peftrt.nn.initialisation import Pair, loftq, parse
 from peftrt.nn.nf4_linear import NF4Linear
 from peftrt.nn.principal import Term
@@ -18,18 +19,20 @@ from peftrt.nn.source import carry_over, make_dense, read_dense
 
 
 class LoRALinear(AdapterLinear):
-    """A frozen dense linear layer with LoRA adapters: ``y = x W^T + b + s (drop(x) A^T) B^T``.
+    """A frozen dense linear layer with LoRA or DoRA adapters: ``y = c * (x W^T + s (drop(x) A^T) B^T) + b``.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether there is a bias [N].
         r: R of the adapter that the layer begins with; None for a layer without adapters.
-        lora_alpha, lora_dropout, use_rslora, init, adapter_dtype: see :meth:`AdapterLinear.add_adapter`.
+        lora_alpha, lora_dropout, use_rslora, use_dora, init, adapter_dtype: see :meth:`AdapterLinear.add_adapter`.
         adapter_name: name of that adapter, which is active.
         device, dtype: of the base weight and bias.
 
-    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685).
+    c is 1 for LoRA; for DoRA see :class:`AdapterLinear`.
+
+    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); DoRA, Liu et al. 2024 (arXiv:2402.09353).
     """
 
     weight: Tensor
@@ -84,18 +87,13 @@ class LoRALinear(AdapterLinear):
         """The dense layer with the active adapters in it, of the class that was wrapped."""
         dtype = dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype, copy=True)
-        return make_dense(self._origin, self._with_adapters(None).to(dtype, copy=True), bias, self._transposed)
-
-    def _with_adapters(self, weights: Mapping[str, float] | None) -> Tensor:
-        """fp32 W + delta; the bare W where nothing is to be added."""
-        wanted = self._active if weights is None else weights
-        if self._merged is not None or self.is_bare(wanted):
-            return self.base_weight()
-        return self.base_weight().float() + self.delta_weight(wanted)
+        plain = self._merged is not None or self.is_bare(self._active)
+        weight = self.base_weight() if plain else self.adapted_weight()
+        return make_dense(self._origin, weight.to(dtype, copy=True), bias, self._transposed)
 
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         before = self.weight
-        self._store_base(self._with_adapters(weights))
+        self._store_base(self.adapted_weight(weights))
         return {"weight": before}
 
     def _store_base(self, weight: Tensor) -> None:
@@ -120,7 +118,7 @@ class LoRALinear(AdapterLinear):
 
 
 class QLoRALinear(AdapterLinear, NF4Linear):
-    """A linear layer stored in NF4 with LoRA adapters: ``y = x W^T + b + s (drop(x) A^T) B^T``.
+    """A linear layer stored in NF4 with LoRA or DoRA adapters: ``y = c * (x W^T + s (drop(x) A^T) B^T) + b``.
 
     Args:
         in_features, out_features, bias, block_size, double_quant, device, dtype: see :class:`NF4Linear`.
@@ -182,8 +180,8 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def _take_over(
         self, linear: nn.Module, block_size: int, double_quant: bool, quantized: NF4Weight | None = None
     ) -> None:
-        super()._take_over(linear, block_size, double_quant, quantized)
         self._init_adapters()
+        super()._take_over(linear, block_size, double_quant, quantized)
 
     def base_weight(self) -> NF4Weight:
         """W [N, K]."""
@@ -195,7 +193,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def _merged_weight(self, dtype: torch.dtype) -> Tensor:
         if self._merged is not None or self.is_bare(self._active):
             return self.nf4_weight().dequantize(dtype)
-        return (self.nf4_weight().dequantize(torch.float32) + self.delta_weight()).to(dtype)
+        return self.adapted_weight().to(dtype)
 
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         if not force:
@@ -210,7 +208,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         return before
 
     def _requantized(self, weights: Mapping[str, float]) -> NF4Weight:
-        merged = self.nf4_weight().dequantize(torch.float32) + self.delta_weight(weights)
+        merged = self.adapted_weight(weights)
         return NF4Weight.quantize(merged.to(self.weight_dtype), self.block_size, self.double_quant)
 
     def _quantized(self, weight: Tensor) -> NF4Weight:
@@ -234,11 +232,12 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def merge_loss(self, names: str | Mapping[str, float] | None = None) -> float:
         """Share of the adapters' change that requantising the merged weight would lose, in 0 ... 1.
 
-        ``1 - <W1 - W0, D> / <D, D>``, clipped: D the adapters' delta, W0 the weight now, W1 the requantised sum.
+        ``1 - <W1 - W0, D> / <D, D>``, clipped: W0 the base, D what merging adds to it, W1 the requantised sum.
         """
         weights = self._chosen(names)
-        delta = self.delta_weight(weights)
-        change = self._requantized(weights).dequantize(torch.float32) - self.nf4_weight().dequantize(torch.float32)
+        base = self.nf4_weight().dequantize(torch.float32)
+        delta = self.adapted_weight(weights) - base
+        change = self._requantized(weights).dequantize(torch.float32) - base
         norm = (delta * delta).sum().item()
         return 0.0 if norm == 0.0 else min(1.0, max(0.0, 1.0 - (change * delta).sum().item() / norm))
 

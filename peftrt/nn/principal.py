@@ -65,7 +65,7 @@ class PrincipalParts(nn.Module):
                 terms.append(Term(*pair, share * scaling))
         return terms
 
-    def whole_weight(self, weights: Mapping[str, float]) -> Tensor:
+    def adapted_weight(self, names: Mapping[str, float]) -> Tensor:
         """W with adapters of these weights in it, fp32 [N, K]."""
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class PrincipalParts(nn.Module):
             weight = torch.empty(0) if original is None else original.float()
             lora_A, lora_B = self._begin_with_loftq(weight, r, scaling, iterations)
             return lora_A.to(dtype), lora_B.to(dtype)
-        weight = self.whole_weight({}) if original is None else original.float()
+        weight = self.adapted_weight({}) if original is None else original.float()
         lora_A, lora_B = (half.to(dtype) for half in initialisation.principal(weight, r, scaling, niter))
         # what is left is worked out with the values as they were rounded, so that nothing is lost between the two
         rest = weight - Term(lora_A, lora_B, scaling).delta()

@@ -15,6 +15,7 @@ _GROUPS = {
     "lora_B": "lora_B",
     "lora_embedding_A": "embedding",
     "lora_embedding_B": "embedding",
+    "lora_magnitude": "magnitude",
     "lora_magnitude_vector": "magnitude",
 }
 # The order of the groups in the result.

@@ -235,7 +235,7 @@ def test_the_output_head_is_a_target_like_any_other(
     ids = tokens()
     with torch.no_grad():
         hidden = model.base_model(ids).last_hidden_state
-        weight: Tensor = model.lm_head.whole_weight({"fr": 1.0})
+        weight: Tensor = model.lm_head.adapted_weight({"fr": 1.0})
         assert (logits(model) - hidden @ weight.t()).abs().max() <= LIMIT
         assert (
             model.base_model(ids).last_hidden_state - build(kind, tied).base_model(ids).last_hidden_state

@@ -97,13 +97,13 @@ def test_loftq_loses_less_with_every_iteration() -> None:
 def test_loftq_layer_is_closer_to_the_weight() -> None:
     options = {"r": 8, "lora_alpha": 4, "init": "loftq", "loftq_config": {"loftq_iter": 3}}
     for make, original in ((dense, randn(N, K, seed=1)), (conv1d, randn(K, N, seed=1).t())):
-        plain = QLoRALinear.from_linear(make(), r=None).whole_weight({})
+        plain = QLoRALinear.from_linear(make(), r=None).adapted_weight({})
         layer = QLoRALinear.from_linear(make(), **options)
-        error = (layer.whole_weight({"default": 1.0}) - original).norm()
+        error = (layer.adapted_weight({"default": 1.0}) - original).norm()
         assert error < 0.9 * (plain - original).norm()
         assert layer.principal_pair("default") is None
         x = input_of(layer)
-        assert_close(layer(x), x @ layer.whole_weight({"default": 1.0}).t() + layer.bias, roundings=2)
+        assert_close(layer(x), x @ layer.adapted_weight({"default": 1.0}).t() + layer.bias, roundings=2)
         assert layer.nf4_weight().dtype == torch.float32
 
 

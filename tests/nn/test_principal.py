@@ -58,7 +58,7 @@ def test_the_parts_sum_to_the_weight(kind: str) -> None:
     if "NF4" not in kind:
         assert_close(case.whole, case.original, torch.float32)
         return
-    plain = QLoRALinear.from_linear(conv1d() if "Conv1D" in kind else dense(), r=None).whole_weight({}).double()
+    plain = QLoRALinear.from_linear(conv1d() if "Conv1D" in kind else dense(), r=None).adapted_weight({}).double()
     error, before = ((weight - case.original).norm() for weight in (case.whole, plain))
     assert error < 0.95 * before
 
@@ -69,10 +69,10 @@ def test_a_base_of_sixteen_bits(dtype: torch.dtype) -> None:
     original = linear.weight.detach().double()
     layer = LoRALinear.from_linear(linear, r=8, init="pissa", adapter_dtype=torch.bfloat16)
     assert layer.weight.dtype == dtype
-    whole = layer.whole_weight({"default": 1.0}).double()
+    whole = layer.adapted_weight({"default": 1.0}).double()
     # what is left is smaller than the weight, and so is its rounding
     assert (whole - original).abs().max() <= torch.finfo(dtype).eps / 2 * layer.weight.abs().max()
-    assert_same_bits(layer.whole_weight({}), layer.whole_weight({"default": 1.0}))
+    assert_same_bits(layer.adapted_weight({}), layer.adapted_weight({"default": 1.0}))
 
 
 @every
@@ -182,7 +182,7 @@ def test_over_a_base_that_is_nf4_already() -> None:
     before = layer.nf4_weight().dequantize().double()
     layer.add_adapter("fr", r=16, init="pissa")
     x = input_of(layer)
-    after = layer.whole_weight({}).double()
+    after = layer.adapted_weight({}).double()
     assert 0 < (after - before).norm() < 0.1 * before.norm()  # what is left was rounded again
     assert_close(layer(x), x.double() @ after.t() + layer.bias.double(), roundings=2)
 
