@@ -11,8 +11,9 @@ SOURCES := pyproject.toml setup.py constraints.txt
 demo: $(VENV)/.demo build
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/peftrt demo
 
+# Most tests keep one core busy. A file stays with one worker: some compile what all their tests run.
 test: $(VENV)/.test build
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

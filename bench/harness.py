@@ -72,8 +72,10 @@ class Runner:
         self._session, self._benchmark, self._say = session, benchmark, say
         self.device, self.timer = session.device, session.timer
 
-    def run(self, cell: Cell, builders: Mapping[str, Callable[[], Contender]]) -> None:
-        """Check all contenders, time them in turns, and store the cell.
+    def run(
+        self, cell: Cell, builders: Mapping[str, Callable[[], Contender]], plan: measure.Plan | None = None
+    ) -> None:
+        """Check all contenders, time them in turns, and store the cell. ``plan``: in the place of the session's.
 
         pytest-benchmark times the same calls of peftrt's that are stored. Under ``--benchmark-disable`` the contenders
         are checked and nothing is timed.
@@ -82,9 +84,9 @@ class Runner:
             WrongResultError: a wrong result; the stored cell says so in place of its figures.
         """
         with self.timer.scope():
-            self._run(cell, builders)
+            self._run(cell, builders, self._session.plan if plan is None or self._session.quick else plan)
 
-    def _run(self, cell: Cell, builders: Mapping[str, Callable[[], Contender]]) -> None:
+    def _run(self, cell: Cell, builders: Mapping[str, Callable[[], Contender]], plan: measure.Plan) -> None:
         store = self._session.store
         try:
             found = measure.assemble(builders)
@@ -94,7 +96,7 @@ class Runner:
         if self._benchmark is not None and self._benchmark.disabled:
             self._benchmark.pedantic(lambda: None)
             return
-        race = Race(found.contenders, self.timer, self._session.plan)
+        race = Race(found.contenders, self.timer, plan)
         if self._benchmark is None:
             race.run()
         else:

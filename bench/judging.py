@@ -85,6 +85,11 @@ def _judge_cell(mark: Mark, cell_id: str, cell: Mapping[str, Any]) -> Verdict:
     peer = cell["contenders"].get(mark.versus, {"skipped": "not a contender"})
     if "skipped" in peer:
         return Verdict(mark, mark.op, cell_id, f"skipped: {peer['skipped']}", None)
+    if mark.memory:
+        assert mark.at_most is not None
+        if "peak_ratio" not in peer:
+            return Verdict(mark, mark.op, cell_id, "no peak was measured", None)
+        return Verdict(mark, mark.op, cell_id, f"{1 / peer['peak_ratio']:.3g}x", mark.at_most * peer["peak_ratio"])
     ratio = peer["ratio"]
     if mark.at_least is not None:
         return Verdict(mark, mark.op, cell_id, f"{ratio:.3g}x", ratio / mark.at_least)

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.shapes import ENCODER, GPU_ROWS, GPU_SITES, SMALLEST_SIDE, Site
+from bench.shapes import ENCODER, GPU_ROWS, GPU_SITES, LLAMA_8B, SMALLEST_SIDE, Site
 
 FLOOR = "the floor"  # what the device's own ceilings allow for the cell's bytes and operations
 
 
 @dataclass(frozen=True)
 class Mark:
-    """``at_least`` times as fast as ``versus``, or a time of ``at_most`` times its plus ``plus_us`` microseconds.
+    """``at_least`` times as fast as ``versus``, or a time of ``at_most`` times its plus ``plus_us`` microseconds; with
+    ``memory``, a peak of memory of ``at_most`` times its.
 
     Against ``FLOOR``, ``at_least`` is the share of its speed. ``rows`` are the values of M that it holds for; with
     ``and_up`` the first of them and all above; empty for any. ``sites`` are the weights; None for all whose sides are
@@ -31,6 +32,7 @@ class Mark:
     and_up: bool = False
     sites: tuple[Site, ...] | None = None
     everywhere: bool = False
+    memory: bool = False
 
     def covers(self, op: str, cell: Mapping[str, Any]) -> bool:
         """Whether the mark speaks of this cell."""
@@ -56,6 +58,8 @@ class Mark:
             return f">= {self.at_least:.0%} of {FLOOR}"
         if self.at_least is not None:
             return f">= {self.at_least:g}x {self.versus}"
+        if self.memory:
+            return f"<= {self.at_most:g}x the memory of {self.versus}"
         return f"<= {self.at_most:g}x {self.versus}" + (f" + {self.plus_us:g} µs" if self.plus_us else "")
 
 
@@ -88,6 +92,8 @@ CPU = (
     *_lora_overhead("fp32"),
     Mark("lora_linear", "nf4-train", "fp32", (16,), "peft+bitsandbytes", at_least=3),
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
+    Mark("lora_linear", "nf4-dora", "fp32", (), "lora", at_most=1.15),
+    Mark("lora_linear", "dense-dora", "fp32", (), "lora", at_most=1.15),
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
 )
@@ -132,6 +138,8 @@ H200 = (
     Mark("nf4_dequantize", "out", "bf16", (), "bitsandbytes", at_least=1.4, sites=GPU_SITES),
     Mark("lora_linear", "nf4-train", "bf16", (2048,), "peft+bitsandbytes", at_least=1.4),
     Mark("lora_linear", "nf4-train", "bf16", (8192,), "peft+bitsandbytes", at_least=1.2),
+    Mark("train_step", "llama-8b", "bf16", (), "peft+bitsandbytes", at_least=1.3, sites=(LLAMA_8B,)),
+    Mark("train_step", "llama-8b", "bf16", (), "peft+bitsandbytes", at_most=0.9, sites=(LLAMA_8B,), memory=True),
     *GPU,
 )
 

@@ -34,6 +34,8 @@ PLANS = {
     "cpu": Plan(),
     "cuda": Plan(min_rounds=50, max_rounds=100, seconds=1.0, turn_seconds=0.0, warm_up_seconds=0.05),
 }
+# A model's training step takes long enough to need no more rounds on a GPU either.
+STEPS = Plan(seconds=10.0, turn_seconds=0.0, warm_up_seconds=1.0)
 # For the cells of a GPU that no mark names: as many rounds as a published figure needs, and no more.
 BRIEF = Plan(min_rounds=50, max_rounds=50, seconds=0.0, turn_seconds=0.0, warm_up_seconds=0.0)
 QUICK = Plan(min_rounds=3, max_rounds=3, seconds=0.0, turn_seconds=0.0, warm_up_seconds=0.0)
@@ -48,12 +50,16 @@ class Contender:
         truth: what a call must return.
         tolerance: relative error that is allowed; 0 asks for the same values.
         backend: which of the package's backends serves the call, where that is known.
+        captured: whether a GPU replays it from a graph.
+        resident: bytes that it holds between calls. Where they are given, a call's peak is measured on top.
     """
 
     calls: tuple[Call, ...]
     truth: tuple[Tensor, ...]
     tolerance: float
     backend: str | None = None
+    captured: bool = True
+    resident: int | None = None
 
 
 class WrongResultError(AssertionError):
@@ -127,7 +133,12 @@ class Race:
 
     def __init__(self, contenders: Mapping[str, Contender], timer: Timer, plan: Plan) -> None:
         self._timer = timer
-        self._timed = {name: timer.prepare(contender.calls) for name, contender in contenders.items()}
+        self._timed = {name: timer.prepare(c.calls, c.captured) for name, c in contenders.items()}
+        self.peaks = {
+            name: contender.resident + timer.peak(contender.calls[0])
+            for name, contender in contenders.items()
+            if contender.resident is not None
+        }
         self._calls = {name: self._warm_up(timed, plan) for name, timed in self._timed.items()}
         self._open: list[float] = []
         self.samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -192,7 +203,8 @@ def digits(value: float, count: int = 4) -> float:
 def report(race: Race, found: Field, floor: float) -> dict[str, Any]:
     """What a result file holds of each contender; ``floor`` in seconds.
 
-    ``ratio`` is the median over the rounds of a peer's time over peftrt's, ``ratio_min`` that of the two minima.
+    ``ratio`` is the median over the rounds of a peer's time over peftrt's, ``ratio_min`` that of the two minima,
+    ``peak_ratio`` that of the peaks of memory.
     """
     own = race.samples[OWN]
     entries: dict[str, Any] = {}
@@ -204,8 +216,12 @@ def report(race: Race, found: Field, floor: float) -> dict[str, Any]:
             entry["backend"] = backend
         if name in race.notes:
             entry["note"] = race.notes[name]
+        if name in race.peaks:
+            entry["peak_mb"] = digits(race.peaks[name] / 1e6)
         if name != OWN:
             entry["ratio"] = digits(statistics.median(theirs / ours for theirs, ours in zip(samples, own, strict=True)))
             entry["ratio_min"] = digits(min(samples) / min(own))
+            if name in race.peaks and OWN in race.peaks:
+                entry["peak_ratio"] = digits(race.peaks[name] / race.peaks[OWN])
         entries[name] = entry
     return entries | {name: {"skipped": reason} for name, reason in found.skipped.items()}

@@ -75,10 +75,10 @@ def _row(cell: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         return [cell["failed"], *[""] * len(names)]
     contenders = cell["contenders"]
     share = f"{contenders[OWN]['share_of_floor']:.0%}"
-    return [*(_figure(contenders.get(name)) for name in names), share]
+    return [*(_figure(contenders.get(name), cell.get("M", 0)) for name in names), share]
 
 
-def _figure(entry: Mapping[str, Any] | None) -> str:
+def _figure(entry: Mapping[str, Any] | None, tokens: int) -> str:
     if entry is None:
         return ""
     if "skipped" in entry:
@@ -86,7 +86,10 @@ def _figure(entry: Mapping[str, Any] | None) -> str:
     ratio = f" ({entry['ratio']:.3g}x)" if "ratio" in entry else ""
     slow = " by the reference" if entry.get("backend") == "reference" else ""
     launched = " launched" if "note" in entry else ""
-    return f"{entry['ms']['p50']:.4g}{ratio}{slow}{launched}"
+    step = ""
+    if "peak_mb" in entry:
+        step = f"; {1e3 * tokens / entry['ms']['p50']:,.0f} tokens/s, {entry['peak_mb']:,.0f} MB"
+    return f"{entry['ms']['p50']:.4g}{ratio}{slow}{launched}{step}"
 
 
 def _marks(found: Mapping[str, Any]) -> Iterable[str]:

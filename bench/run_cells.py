@@ -21,6 +21,7 @@ from bench import (
     bench_nf4_dequantize,
     bench_nf4_linear,
     bench_nf4_quantize,
+    bench_train_step,
     environment,
     marks,
     measure,
@@ -38,6 +39,7 @@ BENCHES: dict[str, tuple[Callable[[str, bool], list[Cell]], Callable[[Cell, Runn
     "nf4_dequantize": (bench_nf4_dequantize.cells, bench_nf4_dequantize.bench_nf4_dequantize),
     "nf4_quantize": (bench_nf4_quantize.cells, bench_nf4_quantize.bench_nf4_quantize),
     "lora_linear": (bench_lora_linear.cells, bench_lora_linear.bench_lora_linear),
+    "train_step": (bench_train_step.cells, bench_train_step.bench_train_step),
 }
 
 

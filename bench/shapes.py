@@ -25,6 +25,8 @@ CPU_LORA_ROWS = (1, 16, 256, 512)
 # An encoder of MiniLM-L6's shape (Wang et al. 2020, arXiv:2002.10957): six layers of four weights 384 x 384 and two of
 # 1536 by 384, all as one matrix.
 ENCODER = Site(6 * (4 * 384 + 2 * 1536), 384)
+# Llama-3.1-8B's linear layers as one matrix: 32 layers of q, k, v, o and three of the feed-forward part.
+LLAMA_8B = Site(32 * (2 * 4096 + 2 * 1024 + 3 * 14336), 4096)
 
 GPU_SITES = (
     # Llama-3.1-8B: qkv, o, gate_up, down

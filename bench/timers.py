@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +33,16 @@ class Timer(Protocol):
         """Everything that belongs to a cell, its operands included, is made and timed inside."""
         ...
 
-    def prepare(self, calls: Sequence[Call]) -> Timed: ...
+    def prepare(self, calls: Sequence[Call], captured: bool = True) -> Timed:
+        """``captured``: in a graph, where the device has such, as in a server; else launched as in a training loop."""
+        ...
 
     def time(self, timed: Timed) -> float:
         """Seconds a call."""
+        ...
+
+    def peak(self, call: Call) -> int:
+        """Bytes of memory that a call takes at most, beside what was taken before it."""
         ...
 
 
@@ -46,13 +55,26 @@ class CpuTimer:
     def scope(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def prepare(self, calls: Sequence[Call]) -> Timed:
+    def prepare(self, calls: Sequence[Call], captured: bool = True) -> Timed:
         return Timed(calls[0])
 
     def time(self, timed: Timed) -> float:
         start = time.perf_counter()
         timed.run()
         return (time.perf_counter() - start) / timed.batch
+
+    def peak(self, call: Call) -> int:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed but not given back would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _status("VmRSS")
+        call()
+        return max(_status("VmHWM") - before, 0)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 class CudaTimer:
@@ -85,7 +107,7 @@ class CudaTimer:
         finally:
             outside.wait_stream(self._stream)
 
-    def prepare(self, calls: Sequence[Call]) -> Timed:
+    def prepare(self, calls: Sequence[Call], captured: bool = True) -> Timed:
         def run() -> list[Any]:
             # all results live at once: freed one by one, each would be written where the last one still is in the cache
             return [call() for call in calls]
@@ -93,6 +115,8 @@ class CudaTimer:
         for _ in range(self.WARM_UPS):
             run()
         torch.cuda.synchronize()
+        if not captured:
+            return Timed(run, len(calls))
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
@@ -115,6 +139,15 @@ class CudaTimer:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / timed.batch
+
+    def peak(self, call: Call) -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
 
 def timer_for(device: str) -> Timer:

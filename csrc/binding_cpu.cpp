@@ -57,8 +57,8 @@ void linear(const char* op, const Tensor& x, const Tensor& codes, const Tensor& 
   const int64_t n = out.size(-1), k = x.size(-1);
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
   check_bias(op, bias, n, x);
-  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
-  const int64_t work = (4 + product.rows) * n * k + product.rows * (n + k) * rank;
+  const int64_t adapted = adapter == nullptr ? 0 : n * adapter->rank + k * adapter->width();
+  const int64_t work = (4 + product.rows) * n * k + product.rows * adapted;
   peftrt::cpu::kernels().nf4_linear(weight, product.dtype, product.rows, x.const_data_ptr(),
                                     bias ? bias->const_data_ptr() : nullptr, adapter, out.mutable_data_ptr(),
                                     parallel(work));
@@ -101,13 +101,14 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> n
 std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, std::optional<Tensor> dropped, Tensor codes, Tensor absmax,
                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
                                            int64_t n, int64_t k, int64_t block_size, Tensor lora_A, Tensor lora_B,
-                                           double scaling, std::optional<Tensor> bias,
-                                           std::optional<Tensor> row_scale) {
+                                           double scaling, std::optional<Tensor> bias, std::optional<Tensor> row_scale,
+                                           IntHeaderOnlyArrayRef splits) {
   const char* op = "nf4_lora_linear";
   const Tensor a = dense(lora_A), b = dense(lora_B);
-  LowRank adapter = low_rank_of(op, a, b, n, k, scaling);
-  const int64_t rank = adapter.rank;
-  Tensor out = empty_product(op, "x", x, k, n), xa = empty_product(op, "x", x, k, rank, ScalarType::Float);
+  const std::vector<int64_t> ends = ends_of(op, splits, n);
+  LowRank adapter = low_rank_of(op, a, b, k, scaling, ends);
+  Tensor out = empty_product(op, "x", x, k, n);
+  Tensor xa = empty_product(op, "x", x, k, adapter.width(), ScalarType::Float);
   if (dropped) {
     check(dropped->is_cpu() && dropped->scalar_type() == ScalarType::Float && dropped->dim() == x.dim(), op, "dropped",
           "float32, of x's shape");
@@ -143,15 +144,18 @@ void dropout(Tensor x, int64_t seed, double p, Tensor out) {
 // something was dropped. dA and dB are empty where they are not wanted.
 std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, double scaling,
                                                      std::optional<int64_t> seed, double p,
-                                                     std::optional<Tensor> row_scale, bool needs_da, bool needs_db) {
+                                                     std::optional<Tensor> row_scale, bool needs_da, bool needs_db,
+                                                     IntHeaderOnlyArrayRef splits) {
   const char* op = "low_rank_gradient";
   check(lora_B.is_cpu() && lora_B.dim() == 2, op, "lora_B", "[N, R] on the CPU");
   const int64_t n = lora_B.size(0), rank = lora_B.size(1);
+  const std::vector<int64_t> ends = ends_of(op, splits, n);
+  const int64_t width = rank * int64_t(ends.size());
   check(x.is_cpu() && x.dim() >= 1, op, "x", "[..., K] on the CPU");
   const int64_t k = x.size(-1);
   check(dy.is_cpu() && dy.dim() == x.dim() && dy.size(-1) == n && dy.scalar_type() == x.scalar_type(), op, "dy",
         "[..., N], of x's dtype and dimensions");
-  check(xa.is_cpu() && xa.dim() == x.dim() && xa.size(-1) == rank && xa.scalar_type() == ScalarType::Float, op, "xa",
+  check(xa.is_cpu() && xa.dim() == x.dim() && xa.size(-1) == width && xa.scalar_type() == ScalarType::Float, op, "xa",
         "float32 [..., R], of x's dimensions");
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) {
@@ -159,12 +163,13 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
     m *= x.size(i);
   }
   const Tensor rows_dy = dense(dy), rows_x = dense(x), rows_xa = dense(xa), b = dense(lora_B);
-  Tensor g = torch::stable::new_empty(xa, {m, rank}), da = torch::stable::new_empty(xa, {needs_da ? rank : 0, k}),
+  Tensor g = torch::stable::new_empty(xa, {m, width}), da = torch::stable::new_empty(xa, {needs_da ? width : 0, k}),
          db = torch::stable::new_empty(xa, {needs_db ? n : 0, rank});
   const Dropout dropout = seed ? dropout_of(op, *seed, p) : Dropout{};
   const std::optional<Tensor> scale = dense(row_scale);
   LowRankGradient adapter = {};
   adapter.rank = rank;
+  adapter.parts = {int(ends.size()), ends.data()};
   adapter.row_scale = row_scale_of(op, scale, n);
   adapter.b_dtype = dtype_of(b, op, "lora_B");
   adapter.b = b.const_data_ptr();
@@ -175,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
                                            rows_x.const_data_ptr(), static_cast<const float*>(rows_xa.const_data_ptr()),
                                            adapter, needs_da ? static_cast<float*>(da.mutable_data_ptr()) : nullptr,
                                            needs_db ? static_cast<float*>(db.mutable_data_ptr()) : nullptr,
-                                           parallel(m * (n + needs_da * k + needs_db * n) * rank));
+                                           parallel(m * (n * rank + needs_da * k * width + needs_db * n * rank)));
   return {g, da, db};
 }
 
@@ -195,6 +200,7 @@ Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<
   const std::optional<Tensor> scale = dense(row_scale);
   LowRankGradient adapter = {};
   adapter.rank = rank;
+  adapter.parts = {1, &n};  // dx has no parts: all of A adds to all of it
   adapter.row_scale = row_scale_of(op, scale, n);
   adapter.a_dtype = dtype_of(a, op, "lora_A");
   adapter.a = a.const_data_ptr();
@@ -208,10 +214,11 @@ Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<
 // || W[n] + s B[n] A ||_2, float32 [N], of a dense base (absmax is not given) or an NF4 one.
 Tensor lora_weight_norm(Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
                         std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size, Tensor lora_A,
-                        Tensor lora_B, double scaling) {
+                        Tensor lora_B, double scaling, IntHeaderOnlyArrayRef splits) {
   const char* op = "lora_weight_norm";
   const Tensor a = dense(lora_A), b = dense(lora_B);
-  const LowRank adapter = low_rank_of(op, a, b, n, k, scaling);
+  const std::vector<int64_t> ends = ends_of(op, splits, n);
+  const LowRank adapter = low_rank_of(op, a, b, k, scaling, ends);
   Tensor values = weight;
   const std::optional<Tensor> scales = dense(absmax), nested = dense(nested_absmax), offset = dense(nested_offset);
   Weight nf4 = {};
@@ -266,19 +273,19 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
   m.def("nf4_linear.out(Tensor x, " PEFTRT_WEIGHT "int block_size, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("nf4_lora_linear(Tensor x, Tensor? dropped, " PEFTRT_WEIGHT
-        "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? "
-        "row_scale) -> (Tensor, Tensor)");
+        "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? row_scale, "
+        "int[] splits=[]) -> (Tensor, Tensor)");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
   m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def(
       "low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, float scaling, int? seed, float p, "
-      "Tensor? row_scale, bool needs_da, bool needs_db) -> (Tensor, Tensor, Tensor)");
+      "Tensor? row_scale, bool needs_da, bool needs_db, int[] splits=[]) -> (Tensor, Tensor, Tensor)");
   m.def("nf4_lora_linear_dx(Tensor dy, " PEFTRT_WEIGHT
         "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p, Tensor? row_scale) -> "
         "Tensor");
   m.def(
       "lora_weight_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, int n, int k, int "
-      "block_size, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
+      "block_size, Tensor lora_A, Tensor lora_B, float scaling, int[] splits=[]) -> Tensor");
   m.def("row_scale_gradient(Tensor dy, Tensor y, Tensor? bias, Tensor row_scale) -> Tensor");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
   m.def("isa() -> str");

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 #include <cmath>
 #include <cstring>
@@ -20,6 +21,7 @@ using peftrt::cpu::Dtype;
 using peftrt::cpu::LowRank;
 using peftrt::cpu::Parallel;
 using peftrt::cpu::Weight;
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -131,12 +133,33 @@ Tensor empty_product(const char* op, const char* argument, const Tensor& a, int6
   return torch::stable::new_empty(a, sizes, dtype);
 }
 
-// An adapter of a base [n, k] as the kernels take it; A and B are contiguous and outlive it.
-LowRank low_rank_of(const char* op, const Tensor& a, const Tensor& b, int64_t n, int64_t k, double scaling) {
+// Where each part of the outputs ends, of their sizes; one part where none are given.
+std::vector<int64_t> ends_of(const char* op, IntHeaderOnlyArrayRef splits, int64_t n) {
+  if (splits.empty()) return {n};
+  std::vector<int64_t> ends;
+  for (const int64_t size : splits) {
+    check(size >= 0, op, "splits", "of sizes");
+    ends.push_back((ends.empty() ? 0 : ends.back()) + size);
+  }
+  check(ends.back() == n, op, "splits", "sizes that sum to N");
+  return ends;
+}
+
+// The rank of a part of an A that has `width` rows.
+int64_t rank_of(const char* op, int64_t width, const std::vector<int64_t>& ends) {
+  check(width % int64_t(ends.size()) == 0, op, "lora_A", "of as many rows for each part");
+  return width / int64_t(ends.size());
+}
+
+// An adapter of a base [n, k] as the kernels take it; A and B are contiguous and, as the ends, outlive it.
+LowRank low_rank_of(const char* op, const Tensor& a, const Tensor& b, int64_t k, double scaling,
+                    const std::vector<int64_t>& ends) {
   check(a.is_cpu() && a.dim() == 2 && a.size(1) == k, op, "lora_A", "[R, K] on the CPU");
-  check(b.is_cpu() && b.dim() == 2 && b.size(0) == n && b.size(1) == a.size(0), op, "lora_B", "[N, R] on the CPU");
   LowRank adapter = {};
-  adapter.rank = a.size(0);
+  adapter.rank = rank_of(op, a.size(0), ends);
+  adapter.parts = {int(ends.size()), ends.data()};
+  check(b.is_cpu() && b.dim() == 2 && b.size(0) == ends.back() && b.size(1) == adapter.rank, op, "lora_B",
+        "[N, R] on the CPU");
   adapter.a_dtype = dtype_of(a, op, "lora_A");
   adapter.b_dtype = dtype_of(b, op, "lora_B");
   adapter.a = a.const_data_ptr();

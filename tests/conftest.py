@@ -78,7 +78,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The fixture ``walk_seed``: 30 fixed seeds; with --fuzz 3000 fresh ones; with --fuzz-seed that one."""
     if "walk_seed" in metafunc.fixturenames:
         one, many = metafunc.config.getoption("--fuzz-seed"), metafunc.config.getoption("--fuzz")
-        first = random.SystemRandom().randrange(2**31) if many else 0
+        # workers that share a run must draw the same seeds
+        first = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(2**31) if many else 0
         metafunc.parametrize("walk_seed", [one] if one is not None else range(first, first + (3000 if many else 30)))
 
 

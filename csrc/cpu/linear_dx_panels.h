@@ -112,15 +112,15 @@ inline void add_adapter_to_columns(const LowRankGradient& adapter, int64_t first
   float* sums = drops ? apart.get() : acc;
   for (int64_t k = k0; k < k1; k += block.columns) {
     const int64_t width = min64(block.columns, k1 - k);
-    for (int64_t r = 0; r < adapter.rank; r += block.depth) {
-      const int64_t depth = min64(block.depth, adapter.rank - r);
+    for (int64_t r = 0; r < adapter.width(); r += block.depth) {
+      const int64_t depth = min64(block.depth, adapter.width() - r);
       alignas(sizeof(F)) float line[kMaxColumns] = {};
       for (int64_t p = 0; p < depth; ++p) {
         read_floats(adapter.a_dtype, adapter.a, (r + p) * columns + k, width, line);
         for (int64_t column = 0; column < width; column += kPanel)
           std::memcpy(panels + column / kPanel * block.stride() + p * kPanel, line + column, kPanel * sizeof(float));
       }
-      multiply_panels(m, depth, g + r, adapter.rank, panels, block.stride(), width, sums + (k - k0), ld,
+      multiply_panels(m, depth, g + r, adapter.width(), panels, block.stride(), width, sums + (k - k0), ld,
                       !drops || r > 0, [](int64_t) {});
     }
   }
@@ -163,7 +163,7 @@ void dx_panels(const Weight& w, int64_t m, const T* dy, const LowRankGradient* a
   const int64_t piece = max64(w.k / (2 * parallel.threads) / kGroup, 1) * kGroup;
   const Block block = block_for(m, piece);
   const int64_t most = ceil_div(ceil_div(m, ceil_div(m, kMaxRowsOfDy)), kRows) * kRows;
-  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
+  const int64_t rank = adapter == nullptr ? 0 : adapter->width();
   const float* row_scale = adapter == nullptr ? nullptr : adapter->row_scale;
   Scratch<float> packed(min64(m, most) * ceil_div(w.n, block.depth) * block.depth), g(min64(m, most) * rank);
   for (int64_t first = 0; first < m; first += most) {

@@ -90,9 +90,9 @@ void add_chunk(const Weight& w, int64_t n0, int64_t n1, const T* dy, const float
 // dx[kGroup] += what the adapter adds to columns [k, k + kGroup) of one row.
 inline void add_adapter_to_group(const LowRankGradient& adapter, int64_t row, int64_t columns, int64_t k, float* dx) {
   alignas(sizeof(F)) float line[kGroup] = {}, sums[kGroup] = {};
-  for (int64_t r = 0; r < adapter.rank; ++r) {
+  for (int64_t r = 0; r < adapter.width(); ++r) {
     read_floats(adapter.a_dtype, adapter.a, r * columns + k, kGroup, line);
-    const F factor = set1(load_one(adapter.g + row * adapter.rank + r));
+    const F factor = set1(load_one(adapter.g + row * adapter.width() + r));
     for (int64_t i = 0; i < kGroup; i += kLanes) storeu(sums + i, fma(factor, loadu(line + i), loadu(sums + i)));
   }
   if (adapter.dropout != nullptr) drop(*adapter.dropout, row * columns + k, kGroup, sums);

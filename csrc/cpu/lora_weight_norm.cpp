@@ -19,14 +19,13 @@ constexpr int64_t kRows = 2 * kMicroRows2;  // rows of W a block, and a task
 constexpr int64_t kWidth = 256;             // columns of a block: 12 KB of floats by 12 rows
 constexpr int64_t kStride = kWidth + 16;    // its rows do not fall on the same cache sets
 
-// A -> packed[panels][rank][kPanel] as floats, zeros behind the last column.
+// A -> packed[panels][width][kPanel] as floats; what is behind the last column is not set.
 void pack_a(const LowRank& adapter, int64_t k, float* packed, const Parallel& parallel) {
   for_ranges(parallel, ceil_div(k, kPanel), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kPanel, lanes = min64(kPanel, k - first);
-      float* to = packed + first * adapter.rank;
-      if (lanes < kPanel) std::memset(to, 0, size_t(adapter.rank * kPanel) * sizeof(float));
-      for (int64_t r = 0; r < adapter.rank; ++r)
+      float* to = packed + first * adapter.width();
+      for (int64_t r = 0; r < adapter.width(); ++r)
         read_floats(adapter.a_dtype, adapter.a, r * k + first, lanes, to + r * kPanel);
     }
   });
@@ -100,9 +99,10 @@ inline void add_squares(const float* block, int64_t rows, int64_t width, float* 
   }
 }
 
-// The norms of `rows` rows; b: theirs of B, scaled, [rows][rank].
-void norms_of(const Rows& from, int64_t rows, int64_t k, int64_t rank, const float* packed_a, const float* b,
-              float* out) {
+// The norms of `rows` rows of one part; b: theirs of B, scaled, [rows][rank]; packed_a: from the part's first row of A
+// on, the next panel's `stride` behind.
+void norms_of(const Rows& from, int64_t rows, int64_t k, int64_t rank, const float* packed_a, int64_t stride,
+              const float* b, float* out) {
   alignas(sizeof(F)) float block[kRows * kStride] = {0.0f}, sums[kRows * kLanes] = {0.0f};
   for (int64_t k0 = 0; k0 < k; k0 += kWidth) {
     const int64_t width = min64(kWidth, k - k0), padded = ceil_div(width, kPanel) * kPanel;
@@ -110,7 +110,8 @@ void norms_of(const Rows& from, int64_t rows, int64_t k, int64_t rank, const flo
     for (int64_t column = 0; rank > 0 && column < padded; column += kPanel)
       for (int64_t i = 0; i < rows; i += kMicroRows2)
         micro_rows<kMicroRows2, 2>(min64(kMicroRows2, rows - i), rank, b + i * rank, rank,
-                                   packed_a + (k0 + column) * rank, block + i * kStride + column, kStride, true);
+                                   packed_a + (k0 + column) / kPanel * stride, block + i * kStride + column, kStride,
+                                   true);
     // what stands behind the last column is no part of the norm
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = width; j < padded; ++j) block[i * kStride + j] = 0.0f;
@@ -122,19 +123,20 @@ void norms_of(const Rows& from, int64_t rows, int64_t k, int64_t rank, const flo
 }  // namespace
 
 void lora_weight_norm(const Base& base, const LowRank& adapter, float* out, const Parallel& parallel) {
-  const int64_t rank = adapter.rank, n = base.n, k = base.k;
-  Scratch<float> packed_a(ceil_div(k, kPanel) * kPanel * rank);
+  const int64_t rank = adapter.rank, n = base.n, k = base.k, stride = adapter.width() * kPanel;
+  Scratch<float> packed_a(ceil_div(k, kPanel) * stride);
   pack_a(adapter, k, packed_a.get(), parallel);
   for_ranges(parallel, ceil_div(n, kRows), [&](int64_t begin, int64_t end) {
     std::optional<Scales> decoder;
     if (base.nf4 != nullptr) decoder.emplace(*base.nf4);
     Scratch<float> b(kRows * rank), units(base.nf4 == nullptr ? 0 : kRows * k / 32 + 4);
-    for (int64_t n0 = begin * kRows; n0 < min64(end * kRows, n); n0 += kRows) {
-      const int64_t rows = min64(kRows, n - n0);
+    for (int64_t n0 = begin * kRows, rows; n0 < min64(end * kRows, n); n0 += rows) {
+      const int part = adapter.parts.of(n0);
+      rows = min64(min64((n0 / kRows + 1) * kRows, n), adapter.parts.end[part]) - n0;
       read_floats(adapter.b_dtype, adapter.b, n0 * rank, rows * rank, b.get());
       for (int64_t i = 0; i < rows * rank; ++i) b.get()[i] *= adapter.scaling;
-      norms_of(Rows(base, n0, rows, decoder ? &*decoder : nullptr, units.get()), rows, k, rank, packed_a.get(), b.get(),
-               out + n0);
+      norms_of(Rows(base, n0, rows, decoder ? &*decoder : nullptr, units.get()), rows, k, rank,
+               packed_a.get() + part * rank * kPanel, stride, b.get(), out + n0);
     }
   });
 }

@@ -148,11 +148,13 @@ def _linear(layer: Any, prefix: str, weights: Mapping[str, float], dtype: torch.
         bare = layer.is_bare(held)
 
     def make() -> Tensor:
-        base = layer.base_weight()
-        if isinstance(base, NF4Weight):
-            base = base.dequantize(torch.float32)
         with torch.no_grad():
-            merged = base.detach().to(dtype) if bare else layer.adapted_weight(held).to(dtype)
+            if bare:
+                base = layer.base_weight()
+                wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach()
+                merged = wide.to(dtype)
+            else:
+                merged = layer.adapted_weight(held).to(dtype)
         return merged.t() if layer._transposed else merged
 
     shape = (k, n) if layer._transposed else (n, k)

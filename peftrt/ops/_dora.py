@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,22 @@ from peftrt.ops._define import OPS
 from peftrt.ops._weight import check_device, check_float, expect, weight_args
 
 
-def dora_scale(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
+def dora_scale(
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    *,
+    splits: Sequence[int] = (),
+) -> Tensor:
     """DoRA's factor of each row: ``c = m / ||W + s B A||``.
 
     Differentiable in m alone: the norm counts as a constant. A row of norm 0 is divided by the smallest normal fp32
     number in its stead, so that m = 0 gives c = 0.
 
     Args:
-        weight, lora_A, lora_B, scaling: see :func:`peftrt.ops.lora_weight_norm`.
+        weight, lora_A, lora_B, scaling, splits: see :func:`peftrt.ops.lora_weight_norm`.
         magnitude: m, ``[N]``, any floating dtype.
 
     Returns:
@@ -34,5 +44,5 @@ def dora_scale(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scali
     check_device("dora_scale", "magnitude", magnitude, args.weight)
     expect(tuple(magnitude.shape) == (args.n,), "dora_scale", "magnitude", f"[N] = [{args.n}]", magnitude)
     base = (args.weight.detach(), *args[1:])
-    norm = OPS["lora_weight_norm"](*base, lora_A.detach(), lora_B.detach(), scaling)
+    norm = OPS["lora_weight_norm"](*base, lora_A.detach(), lora_B.detach(), scaling, list(splits))
     return magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from peftrt.ops._weight import (
 from peftrt.reference import lora_linear as reference
 from peftrt.reference import row_scale_gradient
 from peftrt.reference._weight import accumulator
+from peftrt.reference.parts import grad_b, grad_xa, times_b
 
 
 def lora_linear(
@@ -41,6 +43,7 @@ def lora_linear(
     seed: Tensor | int | None = None,
     magnitude: Tensor | None = None,
     row_scale: Tensor | None = None,
+    splits: Sequence[int] = (),
 ) -> Tensor:
     """Linear map with a low-rank adapter.
 
@@ -63,6 +66,8 @@ def lora_linear(
         seed: of the dropout mask: int64 ``[1]`` on x's device, or an int. Default: drawn from torch's generator.
         magnitude: m, ``[N]``, any floating dtype; None for LoRA. Every call reads the weight once more for the norm.
         row_scale: c itself, in place of m, ``[N]``, any floating dtype; where it is 0 it has no gradient.
+        splits: of P linear maps of one x, one below the other in W, such as q, k and v: how many outputs each has. Each
+            has an adapter of its own: lora_A is ``[P R, K]``, theirs one below the other, lora_B ``[N, R]``.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -77,14 +82,14 @@ def lora_linear(
     if magnitude is not None:
         expect(row_scale is None, "lora_linear", "row_scale", "None beside a magnitude", row_scale)
         # of the weight as it is, not as autocast rounds it
-        row_scale = dora_scale(weight, lora_A, lora_B, scaling, magnitude)
+        row_scale = dora_scale(weight, lora_A, lora_B, scaling, magnitude, splits=splits)
     x, weight, bias = _autocast(x, weight, bias)
     args = weight_args("lora_linear", weight)
     if row_scale is not None:
         check_float("lora_linear", "row_scale", row_scale)
         row_scale = row_scale.to(accumulator(x.dtype))
     drawn = as_seed(seed, x) if dropout_p else None
-    return _FORWARD(x, *args, lora_A, lora_B, scaling, bias, dropout_p, drawn, row_scale)[0]
+    return _FORWARD(x, *args, lora_A, lora_B, scaling, bias, dropout_p, drawn, row_scale, list(splits))[0]
 
 
 def _autocast(
@@ -97,10 +102,10 @@ def _autocast(
 
 
 def _check(x: Tensor, *rest: Any, op: str = "lora_linear") -> None:
-    *weight, lora_A, lora_B, _, bias, dropout_p, seed, row_scale = rest
+    *weight, lora_A, lora_B, _, bias, dropout_p, seed, row_scale, splits = rest
     args = WeightArgs(*weight)
     check_linear(op, x, args, bias)
-    check_low_rank(op, args, lora_A, lora_B)
+    check_low_rank(op, args, lora_A, lora_B, splits)
     check_row_scale(op, row_scale, args.n, x)
     check_seed(op, "dropout_p", dropout_p, seed, x)
 
@@ -120,7 +125,7 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Over NF4 on a CPU one kernel sums the base's and the adapter's share."""
-    *weight, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale = rest
+    *weight, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale, splits = rest
     if weight[1] is None or not x.is_cpu:
         return _added_forward(x, *rest)
     dropped = None
@@ -128,7 +133,8 @@ def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         check_seed("lora_linear", "dropout_p", dropout_p, seed, x)
         dropped = _drop(x.float(), seed, dropout_p)
     lora_A, lora_B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
-    return torch.ops.peftrt_cpu.nf4_lora_linear.default(x, dropped, *weight, lora_A, lora_B, scaling, bias, row_scale)
+    adapter = (lora_A, lora_B, scaling, bias, row_scale, splits)
+    return torch.ops.peftrt_cpu.nf4_lora_linear.default(x, dropped, *weight, *adapter)
 
 
 def _added_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -138,17 +144,17 @@ def _added_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(x.device.type) or _native_unsupported(x, *rest) is not None:
         raise RuntimeError("lora_linear: not for autocast or these dtypes")
     _check(x, *rest)
-    *weight, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale = rest
+    *weight, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale, splits = rest
     xa = _drop(x.float(), seed, dropout_p) @ lora_A.float().t()
     first_bias = bias if row_scale is None else None
     if weight[1] is None:
         y = torch.nn.functional.linear(x, weight[0], first_bias)
     else:
         y = OPS["nf4_linear"](x, *weight, first_bias)
-    if y.dtype == torch.float32:
+    if y.dtype == torch.float32 and not splits:
         y.view(-1, y.shape[-1]).addmm_(xa.view(-1, xa.shape[-1]), lora_B.float().t(), alpha=scaling)
     else:
-        y = torch.add(y.float(), xa @ lora_B.float().t(), alpha=scaling)
+        y = torch.add(y.float(), times_b(xa, lora_B.float(), splits), alpha=scaling)
     if row_scale is not None:
         y = y.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y, row_scale, out=y)
     return y.to(x.dtype), xa
@@ -160,7 +166,7 @@ def _drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # xa is rarely used by itself
-    x, *weight, lora_A, lora_B, ctx.scaling, bias, ctx.dropout_p, seed, row_scale = inputs
+    x, *weight, lora_A, lora_B, ctx.scaling, bias, ctx.dropout_p, seed, row_scale, ctx.splits = inputs
     *tensors, ctx.n, ctx.k, ctx.block_size = weight
     y, xa = output
     # y takes the place of x W^T, which it is a multiple of
@@ -178,7 +184,7 @@ def _backward(ctx: Any, dy: Tensor | None, dxa: Tensor | None) -> tuple[Any, ...
     dy = x.new_zeros((*x.shape[:-1], ctx.n)) if dy is None else dy
     dweight = dbias = dscale = None
     wanted = (needs[0], needs[8], needs[9])
-    call = (dy, x, xa, *weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, row_scale, *wanted)
+    call = (dy, x, xa, *weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, row_scale, *wanted, ctx.splits)
     again = torch.is_grad_enabled()
     if dxa is None and not again:
         gradients = _BACKWARD(*call)
@@ -192,7 +198,7 @@ def _backward(ctx: Any, dy: Tensor | None, dxa: Tensor | None) -> tuple[Any, ...
         of_scale = row_scale_gradient.forward if again else OPS["row_scale_gradient"]
         dscale = of_scale(dy, y, bias, row_scale)
     dx, dA, dB = (grad if want else None for grad, want in zip(gradients, wanted, strict=True))
-    return (dx, dweight, None, None, None, None, None, None, dA, dB, None, dbias, None, None, dscale)
+    return (dx, dweight, None, None, None, None, None, None, dA, dB, None, dbias, None, None, dscale, None)
 
 
 def _scaled(dy: Tensor, row_scale: Tensor | None) -> Tensor:
@@ -201,8 +207,8 @@ def _scaled(dy: Tensor, row_scale: Tensor | None) -> Tensor:
 
 
 def _check_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> None:
-    *weight, lora_A, lora_B, scaling, dropout_p, seed, row_scale, _, _, _ = rest
-    _check(x, *weight, lora_A, lora_B, scaling, None, dropout_p, seed, row_scale, op="lora_linear_backward")
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, row_scale, _, _, _, splits = rest
+    _check(x, *weight, lora_A, lora_B, scaling, None, dropout_p, seed, row_scale, splits, op="lora_linear_backward")
     for name, tensor, size, dtype in (
         ("dy", dy, weight[4], x.dtype),
         ("xa", xa, lora_A.shape[0], accumulator(x.dtype)),
@@ -215,7 +221,7 @@ def _check_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> None:
 def _fake_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dx, dA, dB = (
         like.new_empty(like.shape if want else (0,))
-        for like, want in zip((x, rest[7], rest[8]), rest[-3:], strict=True)
+        for like, want in zip((x, rest[7], rest[8]), rest[-4:-1], strict=True)
     )
     return dx, dA, dB
 
@@ -228,7 +234,7 @@ def _native_backward_unsupported(dy: Tensor, x: Tensor, *_: Any) -> str | None:
 
 def _native_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """On a CPU the adapter's part is one kernel, and over NF4 dX another; a dense base is multiplied by torch."""
-    *weight, lora_A, lora_B, scaling, dropout_p, seed, row_scale, needs_dx, needs_dA, needs_dB = rest
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, row_scale, needs_dx, needs_dA, needs_dB, splits = rest
     if weight[1] is None or not x.is_cpu:
         # as in _added_forward: torch would take more than fits, and round for autocast
         if torch.is_autocast_enabled(x.device.type):
@@ -239,7 +245,7 @@ def _native_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Ten
     A, B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
     drawn = int(seed) if dropout_p else None
     g, dA, dB = torch.ops.peftrt_cpu.low_rank_gradient.default(
-        dy, x, xa, B, scaling, drawn, dropout_p, row_scale, needs_dA, needs_dB
+        dy, x, xa, B, scaling, drawn, dropout_p, row_scale, needs_dA, needs_dB, splits
     )
     dx = x.new_empty(0)
     if needs_dx and weight[1] is not None:
@@ -257,11 +263,11 @@ def _composed(
     dy: Tensor, x: Tensor, xa: Tensor, *rest: Any, dxa: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by operations of which each has a gradient of its own; ``dxa``: of xa, where it was used."""
-    *weight, lora_A, lora_B, scaling, dropout_p, seed, row_scale, needs_dx, needs_dA, needs_dB = rest
+    *weight, lora_A, lora_B, scaling, dropout_p, seed, row_scale, needs_dx, needs_dA, needs_dB, splits = rest
     wide = accumulator(x.dtype)
     dy_rows = dy.reshape(-1, dy.shape[-1]).to(wide)
     dy_rows = dy_rows if row_scale is None else dy_rows * row_scale
-    g = scaling * (dy_rows @ lora_B.to(wide))
+    g = scaling * grad_xa(dy_rows, lora_B.to(wide), splits)
     if dxa is not None:
         g = g + dxa.reshape(g.shape)
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
@@ -272,7 +278,7 @@ def _composed(
     if needs_dA:
         dA = (g.t() @ _drop(x.to(wide), seed, dropout_p).reshape(-1, x.shape[-1])).to(lora_A.dtype)
     if needs_dB:
-        dB = (scaling * (dy_rows.t() @ xa.reshape(-1, xa.shape[-1]))).to(lora_B.dtype)
+        dB = (scaling * grad_b(dy_rows, xa.reshape(-1, xa.shape[-1]), splits)).to(lora_B.dtype)
     return dx, dA, dB
 
 
@@ -287,7 +293,7 @@ def _add_adapter(dx: Tensor, g: Tensor, lora_A: Tensor, seed: Tensor | None, dro
 
 _FORWARD = define(
     f"lora_linear(Tensor x, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, float dropout_p, "
-    "Tensor? seed, Tensor? row_scale) -> (Tensor, Tensor)",
+    "Tensor? seed, Tensor? row_scale, int[] splits) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     backends=(
@@ -299,8 +305,8 @@ _FORWARD = define(
 )
 _BACKWARD = define(
     f"lora_linear_backward(Tensor dy, Tensor x, Tensor xa, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, "
-    "float dropout_p, Tensor? seed, Tensor? row_scale, bool needs_dx, bool needs_dA, bool needs_dB) "
-    "-> (Tensor, Tensor, Tensor)",
+    "float dropout_p, Tensor? seed, Tensor? row_scale, bool needs_dx, bool needs_dA, bool needs_dB, "
+    "int[] splits) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
     backends=(

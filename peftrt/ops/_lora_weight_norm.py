@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from peftrt.reference import lora_weight_norm as reference
 from peftrt.reference._weight import accumulator
 
 
-def lora_weight_norm(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def lora_weight_norm(
+    weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, splits: Sequence[int] = ()
+) -> Tensor:
     """Row norms of an adapted weight.
 
     ``norm[n] = ||W[n] + s B[n] A||_2``. The sum is never stored whole, nor is an NF4 weight decoded whole. Has no
@@ -27,6 +30,7 @@ def lora_weight_norm(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor,
         lora_A: ``[R, K]``, any floating dtype.
         lora_B: ``[N, R]``, any floating dtype.
         scaling: s.
+        splits: see :func:`peftrt.ops.lora_linear`.
 
     Returns:
         ``[N]``, fp32 (fp64 for a weight in fp64). On a CPU the number of threads changes no bit.
@@ -38,14 +42,14 @@ def lora_weight_norm(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor,
     Source: DoRA, Liu et al. 2024 (arXiv:2402.09353), equation 5 and section 4.3.
     """
     args = weight_args("lora_weight_norm", weight)
-    return _NORM(args.weight.detach(), *args[1:], lora_A.detach(), lora_B.detach(), scaling)
+    return _NORM(args.weight.detach(), *args[1:], lora_A.detach(), lora_B.detach(), scaling, list(splits))
 
 
 def _check(*arguments: Any) -> None:
-    *weight, lora_A, lora_B, _ = arguments
+    *weight, lora_A, lora_B, _, splits = arguments
     args = WeightArgs(*weight)
     check_base("lora_weight_norm", args)
-    check_low_rank("lora_weight_norm", args, lora_A, lora_B)
+    check_low_rank("lora_weight_norm", args, lora_A, lora_B, splits)
 
 
 def _fake(*arguments: Any) -> Tensor:
@@ -58,15 +62,15 @@ def _native_unsupported(weight: Tensor, absmax: Tensor | None, *_: Any) -> str |
 
 
 def _native_run(*arguments: Any) -> Tensor:
-    *weight, lora_A, lora_B, scaling = arguments
+    *weight, lora_A, lora_B, scaling, splits = arguments
     if weight[1] is None and weight[0].dtype not in FLOAT_DTYPES:
         raise RuntimeError(f"lora_weight_norm: native is not for {weight[0].dtype}")
     lora_A, lora_B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
-    return torch.ops.peftrt_cpu.lora_weight_norm.default(*weight, lora_A, lora_B, scaling)
+    return torch.ops.peftrt_cpu.lora_weight_norm.default(*weight, lora_A, lora_B, scaling, splits)
 
 
 _NORM = define(
-    f"lora_weight_norm({WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+    f"lora_weight_norm({WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, int[] splits) -> Tensor",
     check=_check,
     fake=_fake,
     backends=(

@@ -31,6 +31,8 @@ def row_scale_gradient(dy: Tensor, y: Tensor, bias: Tensor | None, row_scale: Te
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape or device that does not fit.
+
+    Source: DoRA, Liu et al. 2024 (arXiv:2402.09353), equation 6: a magnitude's gradient is this, divided by the norm.
     """
     return _GRADIENT(dy, y, bias, row_scale)
 

@@ -5,6 +5,7 @@ A base weight, dense or NF4, travels through a schema as seven arguments. ``absm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,14 +128,19 @@ def check_base(op: str, weight: WeightArgs) -> None:
         expect(False, op, "weight", f"[N, K] = [{weight.n}, {weight.k}]", weight.weight)
 
 
-def check_low_rank(op: str, weight: WeightArgs, lora_A: Tensor, lora_B: Tensor) -> None:
-    """An adapter's A [R, K] and B [N, R] fit each other and the weight, on its device."""
+def check_low_rank(op: str, weight: WeightArgs, lora_A: Tensor, lora_B: Tensor, splits: Sequence[int]) -> None:
+    """An adapter's A [R, K], or [P R, K] beside P splits, and B [N, R] fit each other and the weight, on its device."""
+    fits = not splits or (min(splits) >= 0 and sum(splits) == weight.n)
+    expect(fits, op, "splits", f"sizes that sum to N = {weight.n}", splits)
+    parts = len(splits) or 1
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_float(op, name, tensor)
         check_device(op, name, tensor, weight.weight)
     fits = lora_A.dim() == 2 and lora_A.shape[1] == weight.k
     expect(fits, op, "lora_A", f"[R, K = {weight.k}]", lora_A)
-    rank = lora_A.shape[0]
+    fits = lora_A.shape[0] % parts == 0
+    expect(fits, op, "lora_A", f"[P R, K = {weight.k}] beside P = {parts} splits", lora_A)
+    rank = lora_A.shape[0] // parts
     fits = lora_B.dim() == 2 and tuple(lora_B.shape) == (weight.n, rank)
     expect(fits, op, "lora_B", f"[N, R] = [{weight.n}, {rank}] beside lora_A of rank {rank}", lora_B)
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from peftrt.reference._weight import accumulator, dense_weight
+from peftrt.reference.parts import delta
 
 
 def forward(*weight_and_adapter: Any) -> Tensor:
-    """The weight's arguments, A [R, K], B [N, R], s; returns [N] in fp32, or fp64 for a dense weight in fp64.
+    """The weight's arguments, A [R, K], B [N, R], s, splits; returns [N] in fp32, or fp64 for a dense weight in fp64.
 
     An NF4 weight is code times scale in fp32, rounded no further.
     """
-    *weight, lora_A, lora_B, scaling = weight_and_adapter
+    *weight, lora_A, lora_B, scaling, splits = weight_and_adapter
     dtype = accumulator(weight[0].dtype)
-    adapted = dense_weight(dtype, *weight) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
+    adapted = dense_weight(dtype, *weight) + scaling * delta(lora_A.to(dtype), lora_B.to(dtype), splits)
     return torch.linalg.vector_norm(adapted, dim=1)

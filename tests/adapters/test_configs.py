@@ -114,7 +114,6 @@ def test_a_default_peft_configuration_is_read() -> None:
 
 
 CHANGES_THE_RESULT: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "megatron_config": {"hidden_size": 8},

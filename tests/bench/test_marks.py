@@ -94,6 +94,24 @@ def test_a_device_has_its_own_marks() -> None:
     assert set(judging.unmeasured(_results("nf4_linear", cell, GPU))) < set(marks.GPU)
 
 
+def test_peaks_of_memory_are_judged_by_themselves(tmp_path: Path) -> None:
+    cell = {**_cell("llama-8b", 2048, 100.0, dtype="bf16", **{"peft+bitsandbytes": 1.4}), "N": 1703936}
+    cell["contenders"][OWN]["peak_mb"] = 20_000.0
+    cell["contenders"]["peft+bitsandbytes"] |= {"peak_mb": 21_000.0, "peak_ratio": 1.05}
+    found = _results("train_step", cell, H200)
+    (run,) = found["train_step"]["runs"].values()
+    run |= {"driver": "580.1", "cuda": "13.0", "versions": {**run["versions"], "triton": "3.6.0"}}
+    speed, memory = judging.judge(found)
+    assert (str(speed.mark), str(speed)) == (">= 1.3x peft+bitsandbytes", "reached")
+    assert (str(memory.mark), memory.got) == ("<= 0.9x the memory of peft+bitsandbytes", "0.952x")
+    assert memory.margin == pytest.approx(0.9 * 1.05)
+    (tmp_path / "train_step.json").write_text(json.dumps(found["train_step"]))
+    text = report.draw(tmp_path, plots=False)
+    assert "100; 20,480 tokens/s, 20,000 MB" in text
+    del cell["contenders"]["peft+bitsandbytes"]["peak_ratio"]
+    assert [verdict.got for verdict in judging.judge(found)][1] == "no peak was measured"
+
+
 def test_a_share_of_the_floor_is_judged_without_a_peer() -> None:
     cell = _cell("out", 0, 0.01, dtype="bf16")
     floor, peer = judging.judge(_results("nf4_dequantize", cell, H200))

@@ -190,6 +190,32 @@ def test_what_cannot_be_captured_is_launched_and_says_so(cuda: Cuda) -> None:
     assert timed.note.endswith("cannot be captured: operation not permitted when stream is capturing")
 
 
+def test_a_training_step_is_launched_as_a_user_launches_it(cuda: Cuda) -> None:
+    timer = timers.CudaTimer()
+    with timer.scope():
+        timed = timer.prepare(_calls(cuda, 1, seconds=0.5), captured=False)
+        cuda.log.clear()
+        assert timer.time(timed) == pytest.approx(0.5)
+    assert "call 0 on side" in cuda.log
+    assert timed.note is None
+
+
+def test_a_peak_on_a_cpu_is_what_a_call_takes_and_gives_back() -> None:
+    timer = timers.CpuTimer()
+    size = 64 << 20
+    kept = bytearray(size)  # what was taken before does not count
+
+    def call() -> None:
+        for _ in range(2):  # one after the other: the second finds the first one's place
+            memory = bytearray(size)
+            memory[::4096] = b"x" * (size // 4096)
+            del memory
+
+    assert size <= timer.peak(call) < 1.5 * size
+    assert timer.peak(lambda: None) < size / 8
+    assert len(kept) == size
+
+
 def test_another_error_is_raised(cuda: Cuda) -> None:
     def broken() -> None:
         if cuda.capturing is not None:

@@ -219,7 +219,7 @@ def test_bad_config_file(tmp_path: Path, fault: str) -> None:
     [
         "base_model.model.q.lora_A",
         "base_model.model.q.lora_A.default.weight",
-        "base_model.model.q.lora_magnitude_vector",
+        "base_model.model.q.lora_magnitude_vector.weight",
         "base_model.model.embed.lora_embedding_A.weight",
         "base_model.model.embed_tokens.weight",
         "base_model.model.lora_A.weight",

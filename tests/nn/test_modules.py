@@ -37,6 +37,8 @@ def truth(layer: Any, x: Tensor) -> Tensor:
     for name, share in getattr(layer, "active", {}).items():
         a = layer.adapter(name)
         W = W + share * a.scaling * (a.lora_B.double() @ a.lora_A.double())
+        if a.magnitude is not None:
+            W = W * (a.magnitude.double() / W.norm(dim=1)).unsqueeze(1)
     y = x.double() @ W.t()
     return y if layer.bias is None else y + layer.bias.double()
 
@@ -266,7 +268,8 @@ def test_moving_to_another_device_moves_everything(make: Make, device: torch.dev
 def test_checkpointing_gives_the_same_gradients(make: Make, use_reentrant: bool) -> None:
     layer = make()
     if hasattr(layer, "add_adapter"):
-        layer.add_adapter("dropped", r=3, lora_dropout=0.4, init=False)
+        dora = layer.adapter("default").magnitude is not None
+        layer.add_adapter("dropped", r=3, lora_dropout=0.4, init=False, use_dora=dora)
         layer.set_active("dropped")
     results = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):

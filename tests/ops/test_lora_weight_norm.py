@@ -103,7 +103,7 @@ def test_norms_have_no_gradient() -> None:
 def test_opcheck_of_the_norms(kind: str, backend: str) -> None:
     weight = weight_args("lora_weight_norm", base(kind, 6, 64, torch.float32))
     with peftrt.backend(backend):
-        args = (*weight, randn(2, 64), randn(6, 2), SCALING)
+        args = (*weight, randn(2, 64), randn(6, 2), SCALING, [])
         torch.library.opcheck(torch.ops.peftrt.lora_weight_norm.default, args)
 
 

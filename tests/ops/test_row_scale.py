@@ -132,7 +132,7 @@ def test_gradient_through_xa_equals_finite_differences() -> None:
     inputs = [t.requires_grad_() for t in (*inputs, factors(3).double())]
 
     def function(x: Tensor, A: Tensor, B: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        y, xa = torch.ops.peftrt.lora_linear(x, *args, A, B, SCALING, None, 0.25, torch.tensor([9]), c)
+        y, xa = torch.ops.peftrt.lora_linear(x, *args, A, B, SCALING, None, 0.25, torch.tensor([9]), c, [])
         return y, xa
 
     assert torch.autograd.gradcheck(function, inputs)
@@ -146,7 +146,7 @@ def test_opcheck(kind: str, backend: str) -> None:
         scale = factors(6).requires_grad_(grows)
         with peftrt.backend(backend):
             torch.library.opcheck(
-                torch.ops.peftrt.lora_linear.default, (x, *weight, A, B, SCALING, b, 0.0, None, scale)
+                torch.ops.peftrt.lora_linear.default, (x, *weight, A, B, SCALING, b, 0.0, None, scale, [])
             )
 
 
@@ -154,7 +154,7 @@ def test_opcheck(kind: str, backend: str) -> None:
 def test_opcheck_of_the_backward(kind: str, backend: str) -> None:
     weight = weight_args("lora_linear", base(kind, 6, 64, torch.float32))
     dy, x, xa, A, B = (randn(*s) for s in ((2, 3, 6), (2, 3, 64), (2, 3, 2), (2, 64), (6, 2)))
-    args = (dy, x, xa, *weight, A, B, SCALING, 0.5, torch.tensor([3]), factors(6), True, True, True)
+    args = (dy, x, xa, *weight, A, B, SCALING, 0.5, torch.tensor([3]), factors(6), True, True, True, [])
     with peftrt.backend(backend):
         torch.library.opcheck(torch.ops.peftrt.lora_linear_backward.default, args)
 
