@@ -7,7 +7,7 @@ from pathlib import Path
 if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from peftrt import nn, ops
+from peftrt import nn, ops, optim
 from peftrt.adapters import (
     AdaptReport,
     LoraConfig,
@@ -26,13 +26,14 @@ from peftrt.adapters import (
     unmerge,
 )
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend, release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptReport",
     "BackendError",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "NF4Linear",
@@ -49,6 +50,7 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "optim",
     "release_scratch",
     "remove",
     "rows",

@@ -142,21 +142,23 @@ def _plain(name: str, tensor: Tensor, dtype: torch.dtype) -> _Entry:
 def _linear(layer: Any, prefix: str, weights: Mapping[str, float], dtype: torch.dtype) -> Iterator[_Entry]:
     n, k = layer.out_features, layer.in_features
     held: dict[str, float] = {}
+    bare = True
     if isinstance(layer, AdapterLinear) and layer.merged is None:
         held = {name: weight for name, weight in weights.items() if name in layer.adapter_names}
+        bare = layer.is_bare(held)
 
     def make() -> Tensor:
         with torch.no_grad():
-            if held:
-                merged = layer.adapted_weight(held).to(dtype)
-            else:
+            if bare:
                 base = layer.base_weight()
                 wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach()
                 merged = wide.to(dtype)
+            else:
+                merged = layer.adapted_weight(held).to(dtype)
         return merged.t() if layer._transposed else merged
 
     shape = (k, n) if layer._transposed else (n, k)
-    tie: Any = ("merged", id(layer)) if held else id(layer.weight)
+    tie: Any = id(layer.weight) if bare else ("merged", id(layer))
     origin = layer.original_weight() if isinstance(layer, AdapterLinear) else layer.weight
     yield _Entry(Promise(f"{prefix}weight", dtype, shape), make, tie, id(origin))
     if layer.bias is not None:

@@ -11,7 +11,9 @@ from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.match import matches, unmatched_targets
 from peftrt.formats.errors import FormatError, UnsupportedError
 from peftrt.formats.peft_dir import join_key, split_key
+from peftrt.nn.lora_embedding import NO_DORA
 
+_EMBEDDING = "lora_embedding_"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,12 +22,16 @@ class LoraState:
     """An adapter's tensors by module.
 
     Attributes:
-        pairs: path -> (lora_A [R, K], lora_B [N, R]).
+        pairs: path -> (lora_A [R, K], lora_B [N, R]); of an embedding of V words of D features, K = V and N = D.
+        embeddings: paths in ``pairs`` that must be embeddings.
+        bases: path in ``pairs`` -> tensors of the module itself by name, which peft writes along for some.
         magnitudes: path -> DoRA's magnitudes [N]; every path of ``pairs``, or none.
         saved: path of a module in ``modules_to_save`` -> its parameters and buffers by name.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    bases: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
@@ -60,8 +66,8 @@ def validate_lora_tensors(
             raise FormatError(f"{source}: {error}") from None
         if part == "lora_B.bias":
             raise UnsupportedError(f"{source}: key {key!a}: a bias of lora_B (lora_bias) is not supported")
-        if part == "saved":
-            state.saved.setdefault(path, {})[leaf] = tensor
+        if part in ("saved", "base"):
+            (state.saved if part == "saved" else state.bases).setdefault(path, {})[leaf] = tensor
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
@@ -72,11 +78,17 @@ def validate_lora_tensors(
         shape, dimensions = ("vector", 1) if part == "lora_magnitude_vector" else ("matrix", 2)
         if tensor.ndim != dimensions or 0 in tensor.shape:
             raise FormatError(f"{source}: key {key!a}: expected a {shape} that is not empty, got {tuple(tensor.shape)}")
+        if part.startswith(_EMBEDDING):
+            state.embeddings.add(path)
+            if config.use_dora:
+                raise UnsupportedError(f"{source}: key {key!a}: {NO_DORA}")
         halves.setdefault(path, {})[part] = tensor
     for path, parts in halves.items():
         state.pairs[path] = _pair(path, parts, config, source)
         if config.use_dora:
             state.magnitudes[path] = _magnitude(path, parts, source)
+    if strays := sorted(state.bases.keys() - state.pairs.keys()):
+        raise FormatError(f"{source}: module {strays[0]!a} has tensors of its own, but no adapter")
     unmatched = unmatched_targets(config, state.pairs)
     if unmatched:
         raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
@@ -86,10 +98,14 @@ def validate_lora_tensors(
 def _pair(
     path: str, parts: Mapping[str, torch.Tensor], config: LoraConfig, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+    kind = _EMBEDDING if any(part.startswith(_EMBEDDING) for part in parts) else "lora_"
+    names = (f"{kind}A", f"{kind}B")
+    for part in names:
         if part not in parts:
-            raise FormatError(f"{source}: module {path!a} has {other} but no {part}")
-    lora_a, lora_b = parts["lora_A"], parts["lora_B"]
+            raise FormatError(f"{source}: module {path!a} has {', '.join(sorted(parts))} but no {part}")
+    if len(parts.keys() - {"lora_magnitude_vector"}) > 2:
+        raise FormatError(f"{source}: module {path!a} has the matrices of a linear layer and of an embedding")
+    lora_a, lora_b = (parts[part] for part in names)
     if not matches(path, config):
         raise FormatError(f"{source}: module {path!a} has tensors, but the configuration does not target it")
     if lora_a.shape[0] != lora_b.shape[1]:

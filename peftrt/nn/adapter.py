@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Adapter:
     @property
     def scaling(self) -> float:
         """s: alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling_of(self.r, self.lora_alpha, self.use_rslora)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -47,6 +48,11 @@ class Adapter:
     def delta(self) -> Tensor:
         """s B A, fp32 [N, K]: without the magnitude that DoRA gives its sum with W."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def parameter_name(field: str, name: str) -> str:
@@ -75,3 +81,17 @@ def expect_rows_can_mix(use_dora: Mapping[str, bool]) -> None:
             f"rows: {', '.join(map(repr, names))} of DoRA (use_dora) cannot serve single rows of a batch, since a "
             "magnitude multiplies the base's share too; use set_active"
         )
+
+
+def check_new(name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise ValueError unless an adapter can be called and made so."""
+    if not isinstance(name, str) or not name or "." in name or "@" in name:
+        raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
+    if name in taken:
+        raise ValueError(f"adapter {name!r} exists already")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
