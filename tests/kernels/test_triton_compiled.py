@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from peftrt.kernels import nf4_linear
+from peftrt.kernels import _schedule, nf4_linear
 from peftrt.ops import _paths
 from tests.kernels import compiled, sass
 
@@ -50,7 +50,7 @@ def test_every_number_of_rows_has_a_configuration() -> None:
     for configs in everything:
         rows = [config.rows for config in configs]
         assert rows == sorted(set(rows))
-        assert rows[-1] == nf4_linear.MANY
+        assert rows[-1] == _schedule.MANY
 
 
 def test_every_range_is_one_that_the_table_sends_here() -> None:
@@ -59,7 +59,7 @@ def test_every_range_is_one_that_the_table_sends_here() -> None:
         classes = {"sm_90": ("sm_90", "sm_100")}.get(architecture, (architecture,))
         most = max(_paths.TABLE[name][direction, itemsize].tile for name in classes)
         *ranges, last = configs
-        assert last.rows == nf4_linear.MANY
+        assert last.rows == _schedule.MANY
         assert all(config.rows < most for config in ranges), (architecture, direction, itemsize)
 
 
@@ -83,12 +83,12 @@ def test_programs_are_two_a_multiprocessor_at_most(
     rows: int, columns: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no fewer than half of that, unless the sum is too short."""
-    monkeypatch.setattr(nf4_linear, "processors", lambda device: 132)
+    monkeypatch.setattr(_schedule, "processors", lambda device: 132)
     ranges = nf4_linear.configs("sm_90", False, 2, compiled.CHUNKS.value)
-    config, fewest = nf4_linear._config(ranges, rows)
+    config, fewest = _schedule.config_for(ranges, rows)
     assert fewest <= rows <= config.rows
     total, tiles = 4096 // config.BK, triton.cdiv(columns, config.BN) * triton.cdiv(fewest, config.BM)
-    steps = nf4_linear._steps(config, tiles, total, torch.device("cpu"))
+    steps = _schedule.steps_for(config, tiles, total, torch.device("cpu"))
     assert triton.cdiv(total, steps) == splits
     assert splits == 1 or tiles * splits <= 264
 
