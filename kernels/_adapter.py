@@ -76,6 +76,7 @@ RANKS = 16
 def adapter_tile(
     p_left,
     p_right,
+    b_sum,
     o_m,
     m_m,
     o_column,
@@ -88,12 +89,11 @@ def adapter_tile(
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """fp32 ``factor * left right``: rows ``o_m`` of left [M, R], fp32, and columns ``o_column`` of right [R, columns].
+    """``b_sum + factor left right``: rows ``o_m`` of left [M, R], fp32, and columns ``o_column`` of right [R, columns].
 
     The first ``ranks`` of the R ranks, all or none, BR at a time. The loop is not pipelined: it has one round for most
     adapters, and three products in each.
     """
-    b_sum = tl.zeros((o_m.shape[0], o_column.shape[0]), tl.float32)
     for i_r in tl.range(0, ranks, BR, num_stages=1):
         o_r = i_r + tl.arange(0, BR)
         m_r = o_r < R

@@ -144,8 +144,8 @@ def dense_tile(
 ):
     """``b_sum + x W`` for rows ``o_m`` of x [M, S] and columns ``o_c`` of W [S, C], any strides, over steps of S.
 
-    Where ROW_SCALE, W's rows are scaled by ``p_row_scale``, in fp32, and rounded to its dtype again: scaling x's columns
-    would make x the operand in registers (``nf4_tile``).
+    Where ROW_SCALE, W's rows are scaled by ``p_row_scale``, in fp32, and rounded to its dtype again. Scaling x instead
+    would make it the operand in registers (see ``nf4_tile``).
     """
     for i in range(i_first, i_last):
         o_s = (i * BS + tl.arange(0, BS)).to(tl.int64)

@@ -68,7 +68,8 @@ def lora_linear_kernel(
     m_m = o_m < M
     m_n = o_n < N
     ranks = tl.where(tl.program_id(1) == 0, R, 0)
-    b_sum = adapter_tile(p_xa, p_b, o_m, m_m, o_n, m_n, R, ranks, 1, R, scaling, BR, PRECISION)
+    b_sum = tl.zeros((BM, BN), tl.float32)
+    b_sum = adapter_tile(p_xa, p_b, b_sum, o_m, m_m, o_n, m_n, R, ranks, 1, R, scaling, BR, PRECISION)
     b_sum = nf4_tile(
         p_x,
         p_codes,
@@ -143,7 +144,8 @@ def lora_linear_dx_kernel(
     m_m = o_m < M
     m_k = o_k < K
     ranks = tl.where(tl.program_id(1) == 0, R, 0)
-    b_sum = adapter_tile(p_g, p_a, o_m, m_m, o_k, m_k, R, ranks, K, 1, factor, BR, PRECISION)
+    b_sum = tl.zeros((BM, BK), tl.float32)
+    b_sum = adapter_tile(p_g, p_a, b_sum, o_m, m_m, o_k, m_k, R, ranks, K, 1, factor, BR, PRECISION)
     if DROPOUT:
         b_sum = tl.where(kept(p_seed, limit, o_m[:, None] * K + o_k[None, :], WIDE), b_sum, 0.0)
     b_sum = nf4_dx_tile(

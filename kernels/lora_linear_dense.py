@@ -58,8 +58,11 @@ def lora_linear_dense_kernel(
     m_m = o_m < M
     m_c = o_c < C
     ranks = tl.where(tl.program_id(1) == 0, R, 0)
-    b_sum = adapter_tile(p_left, p_right, o_m, m_m, o_c, m_c, R, ranks, stride_r, stride_right, factor, BR, PRECISION)
+    b_sum = tl.zeros((BM, BN), tl.float32)
     if DROPOUT:
+        b_sum = adapter_tile(
+            p_left, p_right, b_sum, o_m, m_m, o_c, m_c, R, ranks, stride_r, stride_right, factor, BR, PRECISION
+        )
         b_sum = tl.where(kept(p_seed, limit, o_m[:, None] * C + o_c[None, :], WIDE), b_sum, 0.0)
     b_sum = dense_tile(
         p_x,
@@ -79,6 +82,11 @@ def lora_linear_dense_kernel(
         BK,
         PRECISION,
     )
+    if not DROPOUT:
+        # before the loop, ptxas would wait after every wgmma in it (C7515)
+        b_sum = adapter_tile(
+            p_left, p_right, b_sum, o_m, m_m, o_c, m_c, R, ranks, stride_r, stride_right, factor, BR, PRECISION
+        )
     if SCALED_RESULT:
         b_sum *= tl.load(p_row_scale + o_c, mask=m_c, other=0.0)[None, :]
     if BIAS:
@@ -121,7 +129,10 @@ def adapter_share_kernel(
     o_c = i_c.to(tl.int64) * BN + tl.arange(0, BN)
     m_m = o_m < M
     m_c = o_c < C
-    b_sum = adapter_tile(p_left, p_right, o_m, m_m, o_c, m_c, R, R, stride_r, stride_right, factor, BR, PRECISION)
+    b_sum = tl.zeros((BM, BN), tl.float32)
+    b_sum = adapter_tile(
+        p_left, p_right, b_sum, o_m, m_m, o_c, m_c, R, R, stride_r, stride_right, factor, BR, PRECISION
+    )
     if DROPOUT:
         o_index = o_m[:, None] * columns + (first + o_c)[None, :]
         b_sum = tl.where(kept(p_seed, limit, o_index, WIDE), b_sum, 0.0)

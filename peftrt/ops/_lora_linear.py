@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
-from peftrt.ops import _native
+from peftrt.ops import _lora_triton, _native
 from peftrt.ops._define import OPS, Backend, define, reference_backend
 from peftrt.ops._seed import as_seed, check_seed
 from peftrt.ops._weight import (
@@ -252,13 +252,22 @@ def _add_adapter(dx: Tensor, g: Tensor, lora_A: Tensor, seed: Tensor | None, dro
     return dx + through.to(dx.dtype)
 
 
+def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
+    return _lora_triton.unsupported(x)
+
+
+def _slower(x: Tensor, *_: Any) -> str | None:
+    return _lora_triton.slower(x)
+
+
 _FORWARD = define(
     f"lora_linear(Tensor x, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, float dropout_p, "
     "Tensor? seed) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True),
+        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_slower),
+        Backend("triton", _lora_triton.forward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
     setup_context=_setup_context,
@@ -270,7 +279,8 @@ _BACKWARD = define(
     check=_check_backward,
     fake=_fake_backward,
     backends=(
-        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda"), strict=True),
+        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda"), strict=True, slower=_slower),
+        Backend("triton", _lora_triton.backward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.backward),
     ),
 )

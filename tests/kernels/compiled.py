@@ -146,7 +146,8 @@ def lora_variants(target: str) -> Iterator[Variant]:
         ranges = lora_linear_dense.DENSE_CONFIGS[architecture, itemsize]
         for config in dict.fromkeys(replace(config, rows=0) for config in ranges):
             for split in (False, True):
-                yield from (_lora_dense(target, dtype, config, split, dx) for dx in (False, True))
+                for dx, drop in ((False, False), (True, False), (True, True)):
+                    yield _lora_dense(target, dtype, config, split, dx, drop)
         for rank in (16, 32, 64):
             yield from (
                 _low_rank(target, dtype, rank, split, drop) for split in (False, True) for drop in (False, True)
@@ -180,14 +181,14 @@ def _lora(base: Variant, everything: bool) -> Variant:
     return replace(base, name=name, kernel=kernel, types=types, constants=constants)
 
 
-def _lora_dense(target: str, dtype: str, config: _schedule.Config, split: bool, dx: bool) -> Variant:
+def _lora_dense(target: str, dtype: str, config: _schedule.Config, split: bool, dx: bool, drop: bool) -> Variant:
     """A weight and a B whose rows are contiguous: W and B transposed for y, W and A for dX."""
     types = _lora_types(dtype, "p_x", "p_w", "p_bias") | {"p_out": "*fp32" if split else f"*{dtype}"}
     ones = ("stride_c", "stride_right") if dx else ("stride_s", "stride_r")
-    constants = {"SCALED_SUM": dx, "SCALED_RESULT": not dx and not split, "BIAS": not dx and not split}
-    constants |= {"DROPOUT": dx, "WIDE": False, "SPLIT": split, "BM": config.BM, "BN": config.BN, "BK": config.BK}
+    constants = {"SCALED_SUM": drop, "SCALED_RESULT": not dx and not split, "BIAS": not dx and not split}
+    constants |= {"DROPOUT": drop, "WIDE": False, "SPLIT": split, "BM": config.BM, "BN": config.BN, "BK": config.BK}
     constants |= {"BR": RANKS, "PRECISION": _schedule.PRECISION[ARCHITECTURE[target]], **dict.fromkeys(ones, 1)}
-    name = f"lora_linear_dense {dtype} {config.BM}x{config.BN}x{config.BK} split={split} dx={dx}"
+    name = f"lora_linear_dense {dtype} {config.BM}x{config.BN}x{config.BK} split={split} dx={dx} drop={drop}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
     kernel = lora_linear_dense.lora_linear_dense_kernel
     return Variant(name, target, kernel, types, constants, options, True, True)
