@@ -52,6 +52,7 @@ OP_HELPERS = {
     "_triton",
     "_paths",
     "_panels",
+    "_lora_triton",
     "_scratch",
 }
 

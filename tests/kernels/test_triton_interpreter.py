@@ -1,4 +1,4 @@
-"""Runs interpreted.py and interpreted_lora.py where Triton interprets: the environment must say so before Triton is imported."""
+"""Runs the files interpreted*.py where Triton interprets: the environment must say so before Triton is imported."""
 
 from __future__ import annotations
 
