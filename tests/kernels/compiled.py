@@ -300,13 +300,15 @@ def _amd_faults(variant: Variant, code: Any) -> list[str]:
 
 
 def sample(size: int, seed: int) -> list[Variant]:
-    """A share of every target's variants, with each kernel among them."""
+    """A share of every target's variants: with each kernel among them on sm_90, elsewhere one of each file."""
     drawn: list[Variant] = []
     for target in TARGETS:
-        everything = list(variants(target))
-        for kernel in dict.fromkeys(variant.kernel for variant in everything):
-            own = [variant for variant in everything if variant.kernel is kernel]
-            drawn += random.Random(f"{seed} {target} {kernel.__name__}").sample(own, min(size, len(own)))
+        groups: dict[str, list[Variant]] = {}
+        for variant in variants(target):
+            kernel = variant.kernel
+            groups.setdefault(kernel.__name__ if target == "sm_90" else kernel.__module__, []).append(variant)
+        for name, own in groups.items():
+            drawn += random.Random(f"{seed} {target} {name}").sample(own, min(size, len(own)))
     return drawn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from peftrt.kernels import _schedule, nf4_linear
+from peftrt.kernels import _schedule, lora_linear, lora_linear_dense, low_rank, nf4_linear
 from peftrt.ops import _paths
 from tests.kernels import compiled, sass
 
@@ -30,23 +31,32 @@ def test_compiles_to_sound_code(variant: compiled.Variant) -> None:
     assert compiled.faults(variant) == []
 
 
+KERNELS = {
+    "forward": (nf4_linear.nf4_linear_kernel, lora_linear.lora_linear_kernel),
+    "dx": (nf4_linear.nf4_linear_dx_kernel, lora_linear.lora_linear_dx_kernel),
+}
+
+
 def test_every_configuration_is_among_the_variants() -> None:
     for target in compiled.TARGETS:
         tiles = {
-            (v.kernel, v.types["p_x"], v.constants["BM"], v.constants["BN"], v.constants["BK"], v.options["num_stages"])
+            (v.kernel, v.types["p_x"], *(v.constants.get(side) for side in ("BM", "BN", "BK")), v.options["num_stages"])
             for v in compiled.variants(target)
-            if v.tensor_cores
+            if v.tensor_cores and "p_x" in v.types
         }
         architecture = compiled.ARCHITECTURE[target]
-        for (owner, direction, itemsize), configs in nf4_linear.CONFIGS.items():
-            kernel = nf4_linear.nf4_linear_dx_kernel if direction == "dx" else nf4_linear.nf4_linear_kernel
+        tables = [(key, configs, KERNELS[key[1]]) for key, configs in nf4_linear.CONFIGS.items()]
+        dense = (lora_linear_dense.lora_linear_dense_kernel,)
+        tables += [(key, configs, dense) for key, configs in lora_linear_dense.DENSE_CONFIGS.items()]
+        for (owner, *_, itemsize), configs, kernels in tables:
             for dtype in (d for d, size in compiled.DTYPES.items() if size == itemsize and owner == architecture):
-                for c in configs:
+                for c, kernel in itertools.product(configs, kernels):
                     assert (kernel, f"*{dtype}", c.BM, c.BN, c.BK, c.stages) in tiles
 
 
 def test_every_number_of_rows_has_a_configuration() -> None:
     everything = [*nf4_linear.CONFIGS.values(), *nf4_linear.STRADDLING_CONFIGS.values()]
+    everything += [*lora_linear_dense.DENSE_CONFIGS.values(), low_rank.narrow_configs("sm_90", 16)]
     for configs in everything:
         rows = [config.rows for config in configs]
         assert rows == sorted(set(rows))
