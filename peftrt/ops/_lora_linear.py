@@ -53,7 +53,10 @@ def lora_linear(
         seed: of the dropout mask: int64 ``[1]`` on x's device, or an int. Default: drawn from torch's generator.
 
     Returns:
-        ``[..., N]`` in x's dtype.
+        ``[..., N]`` in x's dtype. On CUDA a row's bits do not depend on the other rows as long as M stays within one
+        range of each kernel's (kernels/nf4_linear.py, lora_linear_dense.py, low_rank.py), the same call gives the same
+        bits, and so do its gradients; beyond the limits in peftrt/ops/_paths.py the base's product is cuBLAS', as
+        nf4_linear says.
 
     Raises:
         TypeError: a dtype that does not fit.
