@@ -135,4 +135,4 @@ class Lora:
     def backend(self, weight: Tensor | NF4Weight) -> str:
         """What serves the call."""
         parts = weight_args("lora_linear", weight)
-        return backend_of("lora_linear", self.x, *parts, self.A, self.B, SCALING, None, 0.0, None)
+        return backend_of("lora_linear", self.x, *parts, self.A, self.B, SCALING, None, 0.0, None, None)

@@ -49,6 +49,7 @@ OP_HELPERS = {
     "_weight",
     "_seed",
     "_native",
+    "_dora",
     "_triton",
     "_paths",
     "_panels",

@@ -351,13 +351,26 @@ def test_bad_activations_are_refused() -> None:
         ("lora_B must be", {"B": torch.zeros(3, 6)}),
         ("lora_B must be float32", {"B": torch.zeros(6, 3).double()}),
         ("bias must be", {"bias": torch.zeros(5)}),
+        ("row_scale must be", {"row_scale": torch.zeros(5)}),
+        ("row_scale must be", {"row_scale": torch.zeros(6).half()}),
+        ("row_scale must be", {"row_scale": torch.zeros(6, 1)}),
         ("codes must have", {"block": 64, "weight": Weight(7, 128).args[:4]}),
     ],
 )
 def test_a_bad_adapter_is_refused(message: str, change: dict) -> None:
     good = {"x": torch.zeros(2, 128), "dropped": None, "weight": Weight(6, 128).args[:4], "block": 64}
-    good |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3), "bias": None} | change
+    good |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3), "bias": None, "row_scale": None} | change
     with pytest.raises(RuntimeError, match=f"nf4_lora_linear: {message}"):
         cpu.nf4_lora_linear(
-            good["x"], good["dropped"], *good["weight"], 6, 128, good["block"], good["A"], good["B"], 0.5, good["bias"]
+            good["x"],
+            good["dropped"],
+            *good["weight"],
+            6,
+            128,
+            good["block"],
+            good["A"],
+            good["B"],
+            0.5,
+            good["bias"],
+            good["row_scale"],
         )

@@ -36,17 +36,20 @@ void pack_x(int64_t width, int64_t m, const T* x, float* packed, const Parallel&
   });
 }
 
-// ct[i][lanes] of one tile for `rows` rows of W from n0, finished: transposed, plus bias, rounded.
+// ct[i][lanes] of one tile for `rows` rows of W from n0, finished: times the row scale, plus bias, transposed, rounded.
 template <class T>
-void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, int64_t n, const T* bias,
-                T* out) {
+void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, int64_t n,
+                const float* row_scale, const T* bias, T* out) {
+  const auto at = [&](const float* sums, int64_t column) {
+    const F scaled = row_scale == nullptr ? loadu(sums) : mul(loadu(sums), set1(load_one(row_scale + column)));
+    return add(scaled, set1(bias_at(bias, column)));
+  };
   for (int first = 0; first < tile.lanes; first += kLanes) {
     const int64_t present = min64(kLanes, m - tile.first - first);
     for (int64_t i = 0; i < rows; i += kLanes) {
       const int64_t width = min64(kLanes, rows - i);
       F r[kLanes];
-      for (int j = 0; j < kLanes; ++j)
-        r[j] = j < width ? add(loadu(ct + (i + j) * tile.lanes + first), set1(bias_at(bias, n0 + i + j))) : zero();
+      for (int j = 0; j < kLanes; ++j) r[j] = j < width ? at(ct + (i + j) * tile.lanes + first, n0 + i + j) : zero();
       transpose(r);
       for (int64_t j = 0; j < present; ++j) {
         T* to = out + (tile.first + first + j) * n + n0 + i;
@@ -152,7 +155,7 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
         multiply_tiles(rank, r, depth, rows, packed_xa, true);
       }
       for (int64_t t = 0; t < tiles; ++t)
-        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, bias, out);
+        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, row_scale_of(adapter), bias, out);
     }
   });
 }

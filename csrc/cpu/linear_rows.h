@@ -19,6 +19,15 @@ inline float bias_at(const T* bias, int64_t n) {
   return bias != nullptr ? load_one(bias + n) : 0.0f;
 }
 
+inline const float* row_scale_of(const LowRank* adapter) { return adapter == nullptr ? nullptr : adapter->row_scale; }
+
+// An output of column n out of its sum, but for rounding.
+template <class T>
+inline float finished(float sum, const float* row_scale, const T* bias, int64_t n) {
+  if (row_scale != nullptr) sum *= load_one(row_scale + n);
+  return sum + bias_at(bias, n);
+}
+
 template <class T>
 void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
   for (int64_t g = 0; g < k / kGroup; ++g)
@@ -168,6 +177,7 @@ void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* ad
   constexpr int64_t kRows = 16;
   constexpr int64_t kSlice = 4096 / M / kGroup;  // groups
   const int64_t groups = w.k / kGroup;
+  const float* row_scale = row_scale_of(adapter);
   Scratch<float> permuted(M * w.k);
   permute_x(w.k, M, x, permuted.get());
   for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
@@ -184,7 +194,7 @@ void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* ad
       if (adapter != nullptr) add_low_rank<M>(*adapter, scaled, n0, rows, sums[0]);
       for (int64_t i = 0; i < rows; ++i)
         for (int m = 0; m < M; ++m)
-          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + kLanes * m)) + bias_at(bias, n0 + i));
+          store_one(out + m * w.n + n0 + i, finished(sum(loadu(sums[i] + kLanes * m)), row_scale, bias, n0 + i));
     }
   });
 }
@@ -193,6 +203,7 @@ template <class T, int M>
 void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled, T* out,
                   const Parallel& parallel) {
   constexpr int64_t kSpan = 512;
+  const float* row_scale = row_scale_of(adapter);
   Scratch<float> floats(M * w.k);
   to_floats(x, M * w.k, floats.get());
   for_ranges(parallel, w.n, [&](int64_t begin, int64_t end) {
@@ -213,7 +224,7 @@ void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* ada
         add_low_rank<M>(*adapter, scaled, n, 1, lanes);
         for (int m = 0; m < M; ++m) sums[m] += sum(loadu(lanes + m * kLanes));
       }
-      for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, sums[m] + bias_at(bias, n));
+      for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, finished(sums[m], row_scale, bias, n));
     }
   });
 }

@@ -1,4 +1,5 @@
-// What flows back into an adapter: g = scaling * dy B, dA = g^T drop(x), dB = scaling * dy^T xa, all summed in fp32.
+// What flows back into an adapter: g = scaling * dy B, dA = g^T drop(x), dB = scaling * dy^T xa, all summed in fp32,
+// where dy is times the row scale, if there is one.
 //
 // Each is a matrix multiplication with a side of no more than `rank`, bound by reading dy and x: both are packed as
 // they are read, into panels [depth][kPanel] that stay in L1 while every row of the narrow side passes over them. First
@@ -37,7 +38,10 @@ void rows_of_g(int64_t row, int64_t m, int64_t n, const T* dy, const float* xa, 
     std::memset(sums, 0, sizeof sums);
     for (int64_t p = 0; p < n; p += kDepth) {
       const int64_t depth = min64(kDepth, n - p);
-      for (int64_t i = 0; i < rows; ++i) to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+      for (int64_t i = 0; i < rows; ++i) {
+        to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+        if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + p, depth, scalars + i * kDepth);
+      }
       const float* b = panel_of_b(adapter, p, depth, r, panel);
       for (int64_t i = 0; i < rows; i += kRows)
         micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, b, sums + i * kPanel, kPanel,
@@ -81,13 +85,12 @@ void columns_of(int64_t m, int64_t rank, const float* narrow, int64_t ld, const 
   }
 }
 
-// out[columns][rank] = scaling * sums^T, of sums [rank, in whole vectors][kWide].
-inline void write_transposed(int64_t rank, int64_t columns, const float* sums, float scaling, float* out) {
-  const F factor = set1(scaling);
+// out[columns][rank] = sums^T times a factor a column, of sums [rank, in whole vectors][kWide].
+inline void write_transposed(int64_t rank, int64_t columns, const float* sums, const float* factors, float* out) {
   for (int64_t r = 0; r < rank; r += kLanes)
     for (int64_t j = 0; j < columns; j += kLanes) {
       F block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) block[i] = mul(loadu(sums + (r + i) * kWide + j), factor);
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = mul(loadu(sums + (r + i) * kWide + j), loadu(factors + j));
       transpose(block);
       for (int64_t i = 0; i < min64(kLanes, columns - j); ++i) {
         alignas(sizeof(F)) float line[kLanes];
@@ -122,7 +125,11 @@ void gradient(int64_t m, int64_t n, int64_t k, const void* dy_bytes, const void*
       } else {
         const int64_t column = (task - of_x) * kWide, columns = min64(kWide, n - column);
         columns_of(m, rank, xa_transposed.get(), ld, dy, n, column, nullptr, panels.get(), sums.get());
-        write_transposed(rank, columns, sums.get(), adapter.scaling, db + column * rank);
+        // dy's row scale is a factor of all that a column sums: it is left out of the sum
+        alignas(sizeof(F)) float factors[kWide];
+        for (float& factor : factors) factor = adapter.scaling;
+        if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + column, columns, factors);
+        write_transposed(rank, columns, sums.get(), factors, db + column * rank);
       }
     }
   });

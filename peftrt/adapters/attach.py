@@ -47,9 +47,9 @@ def adapt(
 ) -> AdaptReport:
     """Put a new LoRA adapter on a model, in place, and make it the one that is trained.
 
-    Every target becomes ``y = x W^T + b + s (drop(x) A^T) B^T`` with W frozen, in NF4 where asked. The new adapter is
-    active and
-    the only thing that requires gradients: its matrices, and a copy of each module of ``modules_to_save``. With a
+    Every target becomes ``y = c * (x W^T + s (drop(x) A^T) B^T) + b`` with W frozen, in NF4 where asked; c is 1, or
+    DoRA's (``use_dora``). The new adapter is active and the only thing that requires gradients: its matrices, DoRA's
+    magnitudes, and a copy of each module of ``modules_to_save``. With a
     ``task_type`` of classification or question answering the model's head is among those, as in HF peft. Everything is
     checked before anything is changed; after an error the model is as it was.
 
@@ -61,7 +61,7 @@ def adapt(
             never a second copy of the model. A weight stays dense that something else uses as well (a head tied to the
             embedding), or that a Hugging Face model wants in full precision. For a further adapter: as for the first.
         block_size, double_quant: of NF4; see :func:`peftrt.ops.nf4_quantize`.
-        adapter_dtype: of A and B: fp32, bf16 or fp16.
+        adapter_dtype: of A, B and DoRA's magnitudes: fp32, bf16 or fp16.
         checkpoint: for a model without data (built on the meta device, or under :func:`peftrt.empty_weights`): a
             safetensors file, its index or a directory, which is read tensor by tensor while the model is quantised.
         device: where a model without data is built.
@@ -138,12 +138,13 @@ def attach_adapter(
             lora_alpha=config.alpha_for(path),
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             init=config.init_lora_weights,
             adapter_dtype=adapter_dtype,
         )
         if tensors is not None:
             with torch.no_grad():
-                for parameter, value in zip((adapter.lora_A, adapter.lora_B), tensors.pairs[path], strict=True):
+                for parameter, value in zip(adapter.parameters, tensors.of(path), strict=True):
                     parameter.copy_(value)
     for path in plan.saved:
         module = model.get_submodule(path)
@@ -162,8 +163,7 @@ def adapter_parameters(model: nn.Module, name: str, plan: Plan) -> list[nn.Param
     for path in plan.paths:
         layer = model.get_submodule(path)
         assert isinstance(layer, AdapterLinear)
-        adapter = layer.adapter(name)
-        found += [adapter.lora_A, adapter.lora_B]
+        found += layer.adapter(name).parameters
     for path in plan.saved:
         module = model.get_submodule(path)
         assert isinstance(module, SavedModule)

@@ -41,6 +41,8 @@ class LoraConfig:
         lora_dropout: probability in [0, 1) that an element of the adapter's input is dropped in training.
         bias: "none"; peft's "all" and "lora_only" are not supported.
         fan_in_fan_out: the base stores [in, out], as GPT-2's Conv1D does.
+        use_dora: the rows' magnitudes are trained apart: y = c * (x W^T + scaling * (x A^T) B^T) with c = m / ||W +
+            scaling * B A|| (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
         use_rslora: scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         init_lora_weights: True (A Kaiming-uniform, B zero; Hu et al. 2021, https://arxiv.org/abs/2106.09685),
             "gaussian" (A normal with deviation 1/r, B zero), or False (both random).
@@ -63,6 +65,7 @@ class LoraConfig:
     bias: str = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -110,7 +113,7 @@ class LoraConfig:
         """The contents of peft's ``adapter_config.json``; what peft saves is marked for inference."""
         fields = {name: _json_value(getattr(self, name)) for name in self.__dataclass_fields__}
         # Named although they are peft's defaults: programs that are not peft look for them.
-        return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "use_dora": False, "lora_bias": False}
+        return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "lora_bias": False}
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
@@ -152,7 +155,7 @@ class LoraConfig:
             self._keep("modules_to_save", names or None)
 
     def _check_switches(self) -> None:
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!a}")
         _number("lora_dropout", self.lora_dropout)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftrt import ops
@@ -35,15 +35,17 @@ class SiteChoice:
             active adapter.
         backend: ``native``, ``triton``, ``reference``, or ``torch``.
         reasons: backend -> why it does not serve the site.
+        first: what serves an operation that has to run before: the norms that DoRA divides by.
     """
 
     op: str
     backend: str
     reasons: dict[str, str] = field(default_factory=dict)
+    first: SiteChoice | None = None
 
     def __str__(self) -> str:
         against = "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
-        return f"{self.op} by {self.backend}{against}"
+        return f"{self.op} by {self.backend}{against}" + (f"; after {self.first}" if self.first else "")
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,22 @@ def site_choice(layer: nn.Module) -> SiteChoice:
     x = torch.empty(1, layer.in_features, dtype=dtype, device=weight.device)
     bias = layer.bias if layer.bias is None or layer.bias.dtype == dtype else layer.bias.to(dtype)
     if isinstance(layer, AdapterLinear) and layer.active and layer.merged is None:
-        adapter = layer.adapter(next(iter(layer.active)))
-        return _call_choice("lora_linear", (x, weight, adapter.lora_A, adapter.lora_B, adapter.scaling, bias), {})
+        return _adapted_choice(layer, x, weight, bias)
     if isinstance(weight, NF4Weight):
         return _call_choice("nf4_linear", (x, weight, bias), {})
     return SiteChoice("linear", "torch")
+
+
+def _adapted_choice(layer: AdapterLinear, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> SiteChoice:
+    adapter = layer.adapter(next(iter(layer.active)))
+    operands = (weight, adapter.lora_A, adapter.lora_B, adapter.scaling)
+    options: dict[str, Any] = {"dropout_p": adapter.lora_dropout if layer.training else 0.0, "seed": 0}
+    if adapter.magnitude is None:
+        return _call_choice("lora_linear", (x, *operands, bias), options)
+    options["row_scale"] = adapter.magnitude
+    return replace(
+        _call_choice("lora_linear", (x, *operands, bias), options), first=_call_choice("lora_weight_norm", operands, {})
+    )
 
 
 class _Asked(Exception):  # noqa: N818 - it carries an answer

@@ -20,7 +20,7 @@ from peftrt.formats.errors import FormatError
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
 from peftrt.formats.stream import Promise, write_stream
 from peftrt.nn import AdapterLinear, NF4Linear
-from peftrt.nn.adapter_linear import as_weights
+from peftrt.nn.adapter import as_weights
 
 _CONFIG = "config.json"
 
@@ -48,8 +48,9 @@ def export(
     """Write the merged dense model as safetensors, which ``from_pretrained`` of transformers loads where it is one of
     theirs.
 
-    ``W + sum_a w_a s_a B_a A_a``, summed in fp32 and rounded once to ``dtype``, also over an NF4 base. The model is not
-    changed, and one tensor at a time is in memory. Everything appears at ``path`` together, or nothing.
+    ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter, summed in fp32 and rounded once to
+    ``dtype``, also over an NF4 base. The model is not changed, and one tensor at a time is in memory. Everything
+    appears at ``path`` together, or nothing.
 
     Args:
         model: any module; without adapters, the dense weights of its NF4 layers are written.
@@ -59,7 +60,7 @@ def export(
         max_shard_bytes: larger models are written in several files with an index.
 
     Raises:
-        ValueError: an unknown name, another than the merged one, or a model without data.
+        ValueError: an unknown name, another than the merged one, a DoRA adapter with others, or a model without data.
         FormatError: a model is there already.
         OSError: the disk is full or cannot be written.
     """
@@ -149,7 +150,7 @@ def _linear(layer: Any, prefix: str, weights: Mapping[str, float], dtype: torch.
         if isinstance(base, NF4Weight):
             base = base.dequantize(torch.float32)
         with torch.no_grad():
-            merged = (base.float() + layer.delta_weight(held)).to(dtype) if held else base.detach().to(dtype)
+            merged = layer.adapted_weight(held).to(dtype) if held else base.detach().to(dtype)
         return merged.t() if layer._transposed else merged
 
     shape = (k, n) if layer._transposed else (n, k)

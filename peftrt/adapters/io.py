@@ -61,6 +61,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         adapter = layer.adapter(name)
         tensors[join_key(module_path, "lora_A")] = adapter.lora_A.detach()
         tensors[join_key(module_path, "lora_B")] = adapter.lora_B.detach()
+        if adapter.magnitude is not None:
+            tensors[join_key(module_path, "lora_magnitude_vector")] = adapter.magnitude.detach()
     for module_path, module in saved_modules(model, state).items():
         if name in module.copy_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
@@ -102,7 +104,7 @@ def load(
         trainable: whether it requires gradients.
         replace: take the place of an adapter of that name; whether it is active stays.
         allow_nonfinite: accept NaN and infinity.
-        adapter_dtype: of A and B in the model.
+        adapter_dtype: of A, B and DoRA's magnitudes in the model.
 
     Returns:
         The adapter's configuration.

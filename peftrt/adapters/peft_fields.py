@@ -15,7 +15,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "loftq_config": (None, {}),
     "corda_config": (None, {}),
     "lora_ga_config": (None, {}),
-    "use_dora": (False, None),
     "velora_config": (None, {}),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
@@ -81,6 +80,8 @@ def read_fields(values: Mapping[str, Any], source: str, known: frozenset[str]) -
         # Older versions of peft wrote null for "none".
         if name in fields and fields[name] is None:
             fields[name] = {}
+    if fields.get("use_dora", False) is None:
+        fields["use_dora"] = False
     if fields.get("init_lora_weights") in _INIT_WITHOUT_EFFECT:
         fields["init_lora_weights"] = True
     return fields

@@ -36,14 +36,20 @@ _WAIT_SECONDS = 0.05
 _MAX_ENTRIES = 100_000
 
 # What follows the module's path in a key, and the part of the adapter it is.
-_SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_B.bias"}
+_SUFFIXES = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_B.bias",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+}
 
 
 class PeftKey(NamedTuple):
     """A key of ``adapter_model.safetensors`` taken apart.
 
-    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias", or "saved" for a
-    parameter of a module in ``modules_to_save``, whose name in that module is ``leaf``.
+    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias",
+    "lora_magnitude_vector" (DoRA's), or "saved" for a parameter of a module in ``modules_to_save``, whose name in that
+    module is ``leaf``.
     """
 
     path: str

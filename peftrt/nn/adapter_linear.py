@@ -5,44 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
+from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, as_weights, expect_rows_can_mix, parameter_name
+from peftrt.nn.magnitude import RememberedScales
 from peftrt.nn.routing import AdapterSet, Routing, current
-
-DEFAULT = "default"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of a layer: its hyper-parameters, and its Parameters as they are now.
-
-    Attributes:
-        lora_A: ``[R, K]``.
-        lora_B: ``[N, R]``.
-        r, lora_alpha, lora_dropout, use_rslora: as given to ``add_adapter``.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-
-    @property
-    def scaling(self) -> float:
-        """s: alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """s B A, fp32 [N, K]."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
 
 @dataclass(frozen=True)
@@ -56,10 +28,14 @@ class _Settings:
 class AdapterLinear(nn.Module):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
-    The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own
-    adapter instead. An adapter's matrices are Parameters of the layer itself: ``lora_A`` and ``lora_B`` for the one
-    called "default", ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is:
-    ``base_weight``.
+    The sum goes over the active adapters with their weights. A DoRA adapter, active alone, gives ``y = c * (x W^T + s
+    (drop(x) A^T) B^T) + b`` with ``c = m / ||W + s B A||``. Under a routing (``peftrt.rows``) every row has its own
+    adapter instead. An adapter's tensors are Parameters of the layer itself: ``lora_A``, ``lora_B`` and, for DoRA,
+    ``lora_magnitude`` for the one called "default", ``lora_A@fr`` ... for one called "fr". Subclasses say where the
+    base weight is: ``base_weight``.
+
+    In ``eval()`` without gradients c is remembered until W, A, B or m changes. A change through ``.data``, which torch
+    does not count, is seen after the next ``train()`` or ``eval()``.
     """
 
     in_features: int
@@ -73,6 +49,7 @@ class AdapterLinear(nn.Module):
         self._active: dict[str, float] = {}
         self._merged: dict[str, float] | None = None
         self._backup: dict[str, Tensor] = {}
+        self._scales = RememberedScales()
         self.owner = AdapterSet()
 
     def base_weight(self) -> Tensor | NF4Weight:
@@ -90,6 +67,7 @@ class AdapterLinear(nn.Module):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init: bool | str = True,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> Adapter:
@@ -101,13 +79,18 @@ class AdapterLinear(nn.Module):
             lora_alpha: alpha.
             lora_dropout: probability in [0, 1) that an element of the adapter's input is zeroed in training.
             use_rslora: scale by alpha / sqrt(R).
+            use_dora: train the rows' magnitudes apart, which begin as those of the adapted weight (Liu et al. 2024,
+                arXiv:2402.09353): it changes nothing at first.
             init: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / R, B zero; False: both
                 Kaiming-uniform, so that the adapter changes the output from the start (for tests).
-            adapter_dtype: of A and B.
+            adapter_dtype: of A, B and the magnitude.
 
         Raises:
-            ValueError: the name is taken or unusable, or a value is out of its range.
+            ValueError: the name is taken or unusable, or a value is out of its range; for DoRA also if something is
+                merged into the weight whose norms are asked for.
         """
+        if use_dora and self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before adding one with use_dora")
         _check_new(name, self._settings, r, lora_alpha, lora_dropout, init)
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
         lora_A = torch.empty(r, self.in_features, **factory)
@@ -119,18 +102,28 @@ class AdapterLinear(nn.Module):
         if init is False:
             nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
         # past register_parameter, which would refuse "lora_A" because the property of that name exists
-        self._parameters[_key("lora_A", name)] = nn.Parameter(lora_A)
-        self._parameters[_key("lora_B", name)] = nn.Parameter(lora_B)
+        self._parameters[parameter_name("lora_A", name)] = nn.Parameter(lora_A)
+        self._parameters[parameter_name("lora_B", name)] = nn.Parameter(lora_B)
         self._settings[name] = _Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
+        if use_dora:
+            self._parameters[parameter_name("lora_magnitude", name)] = self._first_magnitude(name, adapter_dtype)
         return self.adapter(name)
+
+    def _first_magnitude(self, name: str, dtype: torch.dtype) -> nn.Parameter:
+        """``||W + s B A||``, so that c is 1."""
+        adapter = self.adapter(name)
+        if self.weight.is_meta:
+            return nn.Parameter(torch.empty(self.out_features, dtype=dtype, device="meta"))
+        norm = ops.lora_weight_norm(self.base_weight(), adapter.lora_A, adapter.lora_B, adapter.scaling)
+        return nn.Parameter(norm.to(dtype))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; it must exist and not be merged."""
         self._expect_known(name)
         if self._merged and name in self._merged:
             raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
-        for field in ("lora_A", "lora_B"):
-            del self._parameters[_key(field, name)]
+        for field in FIELDS:
+            self._parameters.pop(parameter_name(field, name), None)
         del self._settings[name]
         self._active.pop(name, None)
 
@@ -143,21 +136,24 @@ class AdapterLinear(nn.Module):
         """The adapter of that name; KeyError where there is none."""
         self._expect_known(name)
         settings = self._settings[name]
-        lora_A, lora_B = self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
+        lora_A, lora_B, magnitude = (self._parameters.get(parameter_name(field, name)) for field in FIELDS)
         assert lora_A is not None
         assert lora_B is not None
-        return Adapter(lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora)
+        values = settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora
+        return Adapter(lora_A, lora_B, *values, magnitude)
 
     def set_active(self, names: str | Mapping[str, float] | None) -> None:
         """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. ``requires_grad`` stays.
 
         Raises:
             KeyError: an unknown name.
-            ValueError: a weight that is not finite, or adapters are merged.
+            ValueError: a weight that is not finite, adapters are merged, or a DoRA adapter is not alone or has another
+                weight than 1.
         """
         weights = as_weights(names)
         for name in weights:
             self._expect_known(name)
+        self._dora_among(weights)
         if self._merged is not None and weights != self._active:
             raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before activating others")
         self._active = weights
@@ -178,6 +174,11 @@ class AdapterLinear(nn.Module):
         return self._only_active().lora_B
 
     @property
+    def lora_magnitude(self) -> nn.Parameter | None:
+        """m [N] of the active adapter, None where it is not DoRA's; an error where there is not exactly one."""
+        return self._only_active().magnitude
+
+    @property
     def scaling(self) -> float:
         """s of the active adapter; an error where there is not exactly one."""
         return self._only_active().scaling
@@ -191,6 +192,26 @@ class AdapterLinear(nn.Module):
     def _expect_known(self, name: str) -> None:
         if name not in self._settings:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
+
+    def _dora_among(self, weights: Mapping[str, float]) -> Adapter | None:
+        """The one DoRA adapter that is asked for; None where none is, an error where it is not alone."""
+        names = [name for name in weights if parameter_name("lora_magnitude", name) in self._parameters]
+        if names and (len(weights) > 1 or weights[names[0]] != 1.0):
+            raise ValueError(
+                f"{', '.join(map(repr, names))} of DoRA (use_dora) cannot be summed: a magnitude multiplies the base's "
+                f"share too. Such an adapter is used alone, with weight 1; got {dict(weights)}"
+            )
+        return self.adapter(names[0]) if names else None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of ``nn.Module``; what DoRA remembers in ``eval()`` is computed again."""
+        self._scales.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # memory that is given up here may come back under the same address
+        self._scales.forget()
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and
@@ -217,7 +238,24 @@ class AdapterLinear(nn.Module):
             lora_A = torch.cat([adapter.lora_A for adapter, _ in parts])  # type: ignore[assignment]
             scaled = [adapter.lora_B * (adapter.scaling * weight) for adapter, weight in parts]
             lora_B, scaling = torch.cat(scaled, dim=1), 1.0  # type: ignore[assignment]
-        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0])
+        row_scale = None if first.magnitude is None else self._row_scale(next(iter(self._active)), first)
+        return ops.lora_linear(
+            x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0], row_scale=row_scale
+        )
+
+    def _row_scale(self, name: str, adapter: Adapter) -> Tensor:
+        """c of a DoRA adapter, remembered in ``eval()`` without gradients."""
+        magnitude = adapter.magnitude
+        assert magnitude is not None
+
+        def compute() -> Tensor:
+            return ops.dora_scale(self.base_weight(), adapter.lora_A, adapter.lora_B, adapter.scaling, magnitude)
+
+        parameters = adapter.parameters
+        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+            return compute()
+        base = [p for key, p in self._parameters.items() if p is not None and key.startswith("weight")]
+        return self._scales.get(name, (*parameters, *base), adapter.scaling, compute)
 
     def _routed(self, x: Tensor, routing: Routing) -> Tensor:
         if self._merged is not None:
@@ -227,6 +265,7 @@ class AdapterLinear(nn.Module):
         if not slots:
             return self._base(x)
         adapters = [self.adapter(name) for name in slots]
+        expect_rows_can_mix({name: a.magnitude is not None for name, a in zip(slots, adapters, strict=True)})
         table = ops.AdapterTable.stack([(a.lora_A, a.lora_B, a.scaling) for a in adapters])
         if not self.training or not any(adapter.lora_dropout for adapter in adapters):
             return ops.multi_lora_linear(x, self.base_weight(), table, slot_ids, self.bias)
@@ -249,9 +288,42 @@ class AdapterLinear(nn.Module):
         """The adapters named, with their weights; the active ones by default."""
         return self.active if names is None else as_weights(names)
 
-    def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
-        """``sum_a w_a s_a B_a A_a``, fp32 [N, K]; of the active adapters by default."""
+    @torch.no_grad()
+    def adapted_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
+        """W with adapters (by default the active ones) in it, fp32 [N, K]; the weight as it is while merged.
+
+        ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`set_active`.
+        """
+        base = self.base_weight()
+        wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.float()
         weights = self._chosen(names)
+        dora = self._dora_among(weights)
+        if self._merged is not None or not weights:
+            return wide
+        adapted = wide + self._low_rank_sum(weights)
+        if dora is None:
+            return adapted
+        assert dora.magnitude is not None
+        return adapted * ops.dora_scale(base, dora.lora_A, dora.lora_B, dora.scaling, dora.magnitude).unsqueeze(1)
+
+    def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
+        """What adapters (by default the active ones) add to W, fp32 [N, K]: ``sum_a w_a s_a B_a A_a``, or
+        ``c * (W + s B A) - W`` of a DoRA adapter.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`set_active`, or a DoRA adapter while something is merged.
+        """
+        weights = self._chosen(names)
+        if self._dora_among(weights) is None:
+            return self._low_rank_sum(weights)
+        if self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge to see what {list(weights)} adds")
+        return self.adapted_weight(weights) - self.adapted_weight({})
+
+    def _low_rank_sum(self, weights: Mapping[str, float]) -> Tensor:
         delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for name, weight in weights.items():
             delta += weight * self.adapter(name).delta()
@@ -270,6 +342,7 @@ class AdapterLinear(nn.Module):
         weights = self._chosen(names)
         for name in weights:
             self._expect_known(name)
+        self._dora_among(weights)
         self._backup = self._merge_into_base(weights, force)
         self._merged = weights
 
@@ -292,26 +365,9 @@ class AdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and adapters, as shown by ``print(model)``."""
-        ranks = ", ".join(f"{name}: r={settings.r}" for name, settings in self._settings.items())
+        dora = {name: ", DoRA" for name in self._settings if parameter_name("lora_magnitude", name) in self._parameters}
+        ranks = ", ".join(f"{name}: r={settings.r}{dora.get(name, '')}" for name, settings in self._settings.items())
         return f"{super().extra_repr()}, adapters=({ranks}), active={list(self._active)}"
-
-
-def _key(field: str, name: str) -> str:
-    """Name of the Parameter that holds ``lora_A`` or ``lora_B`` of an adapter."""
-    return field if name == DEFAULT else f"{field}@{name}"
-
-
-def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
-    """What ``set_active`` takes, as name -> weight; ValueError for a weight that is not finite."""
-    if names is None:
-        return {}
-    if isinstance(names, str):
-        return {names: 1.0}
-    weights = {name: float(weight) for name, weight in names.items()}
-    for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"adapter {name!r}: weight must be finite, got {weight}")
-    return weights
 
 
 def _check_new(

@@ -9,24 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn.adapter_linear import DEFAULT, AdapterLinear
+from peftrt.nn.adapter import DEFAULT
+from peftrt.nn.adapter_linear import AdapterLinear
 from peftrt.nn.nf4_linear import NF4Linear
 from peftrt.nn.source import carry_over, make_dense, read_dense
 
 
 class LoRALinear(AdapterLinear):
-    """A frozen dense linear layer with LoRA adapters: ``y = x W^T + b + s (drop(x) A^T) B^T``.
+    """A frozen dense linear layer with LoRA or DoRA adapters: ``y = c * (x W^T + s (drop(x) A^T) B^T) + b``.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether there is a bias [N].
         r: R of the adapter that the layer begins with; None for a layer without adapters.
-        lora_alpha, lora_dropout, use_rslora, init, adapter_dtype: see :meth:`AdapterLinear.add_adapter`.
+        lora_alpha, lora_dropout, use_rslora, use_dora, init, adapter_dtype: see :meth:`AdapterLinear.add_adapter`.
         adapter_name: name of that adapter, which is active.
         device, dtype: of the base weight and bias.
 
-    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685).
+    c is 1 for LoRA; for DoRA see :class:`AdapterLinear`.
+
+    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); DoRA, Liu et al. 2024 (arXiv:2402.09353).
     """
 
     weight: Tensor
@@ -81,18 +84,13 @@ class LoRALinear(AdapterLinear):
         """The dense layer with the active adapters in it, of the class that was wrapped."""
         dtype = dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype, copy=True)
-        return make_dense(self._origin, self._with_adapters(None).to(dtype, copy=True), bias, self._transposed)
-
-    def _with_adapters(self, weights: Mapping[str, float] | None) -> Tensor:
-        """fp32 W + delta; the bare W where nothing is to be added."""
-        wanted = self._active if weights is None else weights
-        if self._merged is not None or not wanted:
-            return self.base_weight()
-        return self.base_weight().float() + self.delta_weight(wanted)
+        plain = self._merged is not None or not self._active
+        weight = self.base_weight() if plain else self.adapted_weight()
+        return make_dense(self._origin, weight.to(dtype, copy=True), bias, self._transposed)
 
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         before = self.weight
-        merged = self._with_adapters(weights).to(before.dtype)
+        merged = self.adapted_weight(weights).to(before.dtype)
         # a new Parameter: the old one is the backup, and a module that shares it keeps its own bits
         self.weight = nn.Parameter(merged.t() if self._transposed else merged, requires_grad=False)
         return {"weight": before}
@@ -104,7 +102,7 @@ class LoRALinear(AdapterLinear):
 
 
 class QLoRALinear(AdapterLinear, NF4Linear):
-    """A linear layer stored in NF4 with LoRA adapters: ``y = x W^T + b + s (drop(x) A^T) B^T``.
+    """A linear layer stored in NF4 with LoRA or DoRA adapters: ``y = c * (x W^T + s (drop(x) A^T) B^T) + b``.
 
     Args:
         in_features, out_features, bias, block_size, double_quant, device, dtype: see :class:`NF4Linear`.
@@ -164,8 +162,8 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def _take_over(
         self, linear: nn.Module, block_size: int, double_quant: bool, quantized: NF4Weight | None = None
     ) -> None:
-        super()._take_over(linear, block_size, double_quant, quantized)
         self._init_adapters()
+        super()._take_over(linear, block_size, double_quant, quantized)
 
     def base_weight(self) -> NF4Weight:
         """W [N, K]."""
@@ -177,7 +175,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
     def _merged_weight(self, dtype: torch.dtype) -> Tensor:
         if self._merged is not None or not self._active:
             return self.nf4_weight().dequantize(dtype)
-        return (self.nf4_weight().dequantize(torch.float32) + self.delta_weight()).to(dtype)
+        return self.adapted_weight().to(dtype)
 
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         if not force:
@@ -192,7 +190,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         return before
 
     def _requantized(self, weights: Mapping[str, float]) -> NF4Weight:
-        merged = self.nf4_weight().dequantize(torch.float32) + self.delta_weight(weights)
+        merged = self.adapted_weight(weights)
         return NF4Weight.quantize(merged.to(self.weight_dtype), self.block_size, self.double_quant)
 
     @torch.no_grad()
