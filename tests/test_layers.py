@@ -53,6 +53,7 @@ OP_HELPERS = {
     "_triton",
     "_paths",
     "_panels",
+    "_lora_triton",
     "_scratch",
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
-from peftrt.ops import _native
+from peftrt.ops import _lora_triton, _native
 from peftrt.ops._define import OPS, Backend, define, reference_backend
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._seed import as_seed, check_seed
@@ -70,7 +70,10 @@ def lora_linear(
             has an adapter of its own: lora_A is ``[P R, K]``, theirs one below the other, lora_B ``[N, R]``.
 
     Returns:
-        ``[..., N]`` in x's dtype.
+        ``[..., N]`` in x's dtype. On CUDA a row's bits do not depend on the other rows as long as M stays within one
+        range of each kernel's (kernels/nf4_linear.py, lora_linear_dense.py, low_rank.py), the same call gives the same
+        bits, and so do its gradients; beyond the limits in peftrt/ops/_paths.py the base's product is cuBLAS', as
+        nf4_linear says.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -291,13 +294,22 @@ def _add_adapter(dx: Tensor, g: Tensor, lora_A: Tensor, seed: Tensor | None, dro
     return dx + through.to(dx.dtype)
 
 
+def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
+    return _lora_triton.unsupported(x)
+
+
+def _slower(x: Tensor, *_: Any) -> str | None:
+    return _lora_triton.slower(x)
+
+
 _FORWARD = define(
     f"lora_linear(Tensor x, {WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, float dropout_p, "
     "Tensor? seed, Tensor? row_scale, int[] splits) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True),
+        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_slower),
+        Backend("triton", _lora_triton.forward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
     setup_context=_setup_context,
@@ -310,7 +322,8 @@ _BACKWARD = define(
     check=_check_backward,
     fake=_fake_backward,
     backends=(
-        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda"), strict=True),
+        Backend("native", _native_backward, _native_backward_unsupported, ("cpu", "cuda"), strict=True, slower=_slower),
+        Backend("triton", _lora_triton.backward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.backward),
     ),
 )

@@ -26,7 +26,7 @@ from tests.tolerances import assert_close, assert_same_bits
 HEADER = Path(__file__).parents[2] / "csrc" / "cuda" / "kernels.h"
 # tensors of a device that need not be there: shapes without memory
 FAKE = FakeTensorMode()
-KEYS = {(direction, itemsize) for direction in ("forward", "dx") for itemsize in (2, 4)}
+KEYS = {(direction, itemsize) for direction in ("forward", "dx", "lora", "lora_dense") for itemsize in (2, 4)}
 
 
 def on_cuda(m: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -103,6 +103,12 @@ def test_a_device_takes_the_nearest_class(capability: tuple[int, int], name: str
         ("forward", torch.float32, 1, TILE),
         ("forward", torch.float32, 128, PANELS),
         ("forward", torch.float64, 8192, None),
+        ("lora", torch.bfloat16, 1, TILE),
+        ("lora", torch.bfloat16, 639, TILE),
+        ("lora", torch.bfloat16, 640, PANELS),
+        ("lora_dense", torch.float16, 255, TILE),
+        ("lora_dense", torch.float16, 256, PANELS),
+        ("lora_dense", torch.float32, 128, PANELS),
     ],
 )
 def test_paths_on_a_hopper(
@@ -158,6 +164,25 @@ def test_the_input_gradient_is_tritons(hopper: pytest.MonkeyPatch) -> None:
     weight = arguments(8)[1:-1]
     for m in (1, 4096):
         assert chosen("nf4_linear_dx", (on_cuda(m, 512), *weight)) == "triton"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+def test_lora_linear_is_tritons_and_torchs_where_there_is_none(kind: str, hopper: pytest.MonkeyPatch) -> None:
+    x, *weight, _ = arguments(8)
+    if kind == "dense":
+        weight[:4] = [on_cuda(WEIGHT.n, WEIGHT.k), None, None, None]
+    A, B, xa = on_cuda(4, WEIGHT.k, torch.float32), on_cuda(WEIGHT.n, 4, torch.float32), on_cuda(8, 4, torch.float32)
+    calls = {
+        "lora_linear": (x, *weight, A, B, 2.0, None, 0.0, None),
+        "lora_linear_backward": (on_cuda(8, WEIGHT.n), x, xa, *weight, A, B, 2.0, 0.0, None, True, True, True),
+    }
+    for name, args in calls.items():
+        choice = choose(name, OPS[name].backends, "cuda", args)
+        assert choice.backend is not None
+        assert choice.backend.name == "triton"
+        assert "native: the base's product and torch's pass over y three times" in str(choice)
+    hopper.setattr(_triton, "unsupported", lambda x, dtype: "triton is not installed")
+    assert {chosen(name, args) for name, args in calls.items()} == {"native"}
 
 
 def test_decoding_and_quantising_are_native_first(hopper: pytest.MonkeyPatch) -> None:
