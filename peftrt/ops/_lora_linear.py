@@ -294,12 +294,12 @@ def _add_adapter(dx: Tensor, g: Tensor, lora_A: Tensor, seed: Tensor | None, dro
     return dx + through.to(dx.dtype)
 
 
-def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
-    return _lora_triton.unsupported(x)
+def _triton_unsupported(x: Tensor, *rest: Any) -> str | None:
+    return _lora_triton.unsupported(x, rest[-1])
 
 
-def _slower(x: Tensor, *_: Any) -> str | None:
-    return _lora_triton.slower(x)
+def _slower(x: Tensor, *rest: Any) -> str | None:
+    return _lora_triton.slower(x, rest[-1])
 
 
 _FORWARD = define(

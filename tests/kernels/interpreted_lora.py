@@ -83,15 +83,17 @@ class Case:
             assert_close(tensor, true[name], roundings=roundings, intermediate=size)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        args = (*weight_args("lora_linear", self.weight), self.A, self.B, SCALING, self.bias, self.p, self.seed)
+        adapter = (self.A, self.B, SCALING, self.bias, self.p, self.seed, self.row_scale, [])
         with peftrt.backend("triton"):
+            args = (*weight_args("lora_linear", self.weight), *adapter)
             return torch.ops.peftrt.lora_linear(self.x if x is None else x, *args)
 
     def backward(self, xa: Tensor, *needs: bool, **other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        args = (*weight_args("lora_linear", self.weight), self.A, self.B, SCALING, self.p, self.seed)
+        adapter = (self.A, self.B, SCALING, self.p, self.seed, self.row_scale)
         with peftrt.backend("triton"):
             dy, x = other.get("dy", self.dy), other.get("x", self.x)
-            return torch.ops.peftrt.lora_linear_backward(dy, x, xa, *args, *(needs or (True, True, True)))
+            args = (*weight_args("lora_linear", self.weight), *adapter, *(needs or (True, True, True)), [])
+            return torch.ops.peftrt.lora_linear_backward(dy, x, xa, *args)
 
     def check_all(self, roundings: int = 1) -> None:
         y, xa = self.forward()
@@ -111,7 +113,8 @@ def test_forward_and_gradients_equal_fp64(kind: str) -> None:
     for i, shape in enumerate(SHAPES):
         for dtype, p in zip(DTYPES, (0.3, 0.0) if (i + BASES.index(kind)) % 2 else (0.0, 0.3), strict=True):
             adapter = dtype if i % 3 == 2 else torch.float32
-            Case(*shape, dtype, kind, p, SEEDS[i % 3], adapter=adapter).check_all()
+            # a dense weight's row is rounded again after its factor
+            Case(*shape, dtype, kind, p, SEEDS[i % 3], i % 2 == 1, adapter).check_all(1 + i % 2)
 
 
 def test_rank_256() -> None:
@@ -228,16 +231,17 @@ def test_the_bits_of_a_row_do_not_depend_on_other_rows(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["nf4", "dense"])
-def test_by_panels(kind: str, p: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_panels(kind: str, p: float, scaled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device where there are many rows: the share is written, and the base's products are added to it."""
     monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
     monkeypatch.setattr(_panels, "width", lambda rows, depth, total, step, *_: min(step, total))
     for name in ("lora_linear", "lora_linear_dx"):
         monkeypatch.setattr(linear_module, name, lambda *_: pytest.fail("the fused kernel ran"))
     for n, k in ((300, 192), (33, 128)):
-        Case(7, n, k, 5, dtype, kind, p).check_all(roundings=2)
+        Case(7, n, k, 5, dtype, kind, p, scaled=scaled).check_all(roundings=3 if scaled else 2)
 
 
 def test_where_columns_cannot_be_told_apart_dx_goes_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +321,8 @@ def test_norms_of_the_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for r in (3, 40):
         n, k = shapes.get(kind, (70, 1216))
         case = Case(1, n, k, r, torch.float32, kind if kind in BASES else "nf4")
-        got = _lora_triton.weight_norm(*weight_args("", case.weight), case.A, case.B, SCALING)
+        with peftrt.backend("triton"):
+            got = peftrt.ops.lora_weight_norm(case.weight, case.A, case.B, SCALING)
         whole = exact(case.weight, torch.float32) + SCALING * case.B.double() @ case.A.double()
         assert_close(got, whole.norm(dim=1))
 
