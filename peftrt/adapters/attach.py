@@ -13,6 +13,8 @@ from torch import nn
 
 from peftrt.adapters.activation import activate
 from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.fusing import fuse as lay_siblings_together
+from peftrt.adapters.fusing import quantized_together, siblings
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.plan import Plan, check_initialisation, make_plan, with_task_heads
 from peftrt.adapters.report import AdaptReport, make_report, model_bytes
@@ -47,6 +49,7 @@ def adapt(
     checkpoint: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    fuse: bool = False,
 ) -> AdaptReport:
     """Put a new LoRA adapter on a model, in place, and make it the one that is trained.
 
@@ -72,6 +75,8 @@ def adapt(
             safetensors file, its index or a directory, which is read tensor by tensor while the model is quantised.
         device: where a model without data is built.
         dtype: of its dense weights; by default as in the checkpoint.
+        fuse: multiply layers of one input in one call, see :func:`peftrt.fuse`; with ``quantize`` their weights are
+            quantised as one, which changes their nested scales a little.
 
     Returns:
         A report: what matched and what did not, trainable share, bytes, the kernel of each site.
@@ -103,8 +108,11 @@ def adapt(
         config = replace(config, base_model_name_or_path=base_model_name(model))
     plan = make_plan(model, config, state)
     check_initialisation(model, config, plan, quantize)
+    if fuse and quantize and parse(config.init_lora_weights).takes_weight:
+        raise ValueError(f"adapt: fuse does not go with init_lora_weights={config.init_lora_weights!r} and quantize")
     bytes_before = model_bytes(model)
-    wrap = partial(_wrap, model, plan, state, storage, _before_quantising(name, config, adapter_dtype))
+    groups = siblings([path for path in plan.new if path not in plan.dense]) if fuse and quantize else []
+    wrap = partial(_wrap, model, plan, state, storage, groups, _before_quantising(name, config, adapter_dtype))
     attach = partial(_attach_and_train, model, state, name, config, plan, adapter_dtype)
     if checkpoint is not None:
         with MetaSource(model, checkpoint, device, dtype, storage) as source, all_or_nothing(model):
@@ -129,6 +137,8 @@ def adapt(
                 if name in layer.adapter_names:
                     layer.remove_adapter(name)
             raise
+    if fuse:
+        lay_siblings_together(model)
     return make_report(model, state, name, plan, bytes_before)
 
 
@@ -233,21 +243,34 @@ def _wrap(
     plan: Plan,
     state: ModelAdapters,
     storage: dict[str, Any],
+    groups: list[list[str]],
     begin: Callable[[str], dict[str, Any]],
     source: MetaSource | None,
 ) -> None:
-    """Bring every target into the form that holds adapters, quantised where asked, and release what it was made of."""
+    """Bring every target into the form that holds adapters, quantised where asked, and release what it was made of.
+
+    ``groups``: paths whose weights are quantised together.
+    """
+    together = {path: group for group in groups for path in group}
+    made: dict[str, Any] = {}
     options = {key: value for key, value in storage.items() if key != "quantize"}
     paths = plan.paths if source is None else source.in_file_order(plan.paths)
     done = 0
     try:
         for path in paths:
-            if source is not None:
-                source.fill(path)
+            group = together.pop(path, [path])
+            for member in group:
+                together.pop(member, None)
+                if source is not None and member not in made:
+                    source.fill(member)
+            if len(group) > 1:
+                makers = quantized_together(model, group, options)
+                made.update(zip(group, makers or [None] * len(group), strict=True))
             if storage["quantize"] is None or path in plan.dense:
                 _swap(model, path, state, _dense_layer)
             else:
-                _swap(model, path, state, partial(QLoRALinear.from_linear, **begin(path), **options))
+                make = made.pop(path, None) or partial(QLoRALinear.from_linear, **begin(path), **options)
+                _swap(model, path, state, make)
                 done += path in plan.new
             state.storage = storage
             attach_state(model, state)

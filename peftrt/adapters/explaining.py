@@ -36,16 +36,19 @@ class SiteChoice:
         backend: ``native``, ``triton``, ``reference``, or ``torch``.
         reasons: backend -> why it does not serve the site.
         first: what serves an operation that has to run before: the norms that DoRA divides by.
+        layers: how many are multiplied in the call, see :func:`peftrt.fuse`.
     """
 
     op: str
     backend: str
     reasons: dict[str, str] = field(default_factory=dict)
     first: SiteChoice | None = None
+    layers: int = 1
 
     def __str__(self) -> str:
         against = "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
-        return f"{self.op} by {self.backend}{against}" + (f"; after {self.first}" if self.first else "")
+        together = f", {self.layers} layers in one call" if self.layers > 1 else ""
+        return f"{self.op} by {self.backend}{together}{against}" + (f"; after {self.first}" if self.first else "")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def site_choice(layer: nn.Module) -> SiteChoice:
     x = torch.empty(1, layer.in_features, dtype=dtype, device=weight.device)
     bias = layer.bias if layer.bias is None or layer.bias.dtype == dtype else layer.bias.to(dtype)
     if isinstance(layer, AdapterLinear) and layer.merged is None and not layer.is_bare(layer.active):
-        return _adapted_choice(layer, x, weight, bias)
+        choice = _adapted_choice(layer, x, weight, bias)
+        fused = layer.fused is not None and layer.fused.weight() is not None
+        return replace(choice, layers=len(layer.fused.layers)) if fused else choice  # type: ignore[union-attr]
     if isinstance(weight, NF4Weight):
         return _call_choice("nf4_linear", (x, weight, bias), {})
     return SiteChoice("linear", "torch")

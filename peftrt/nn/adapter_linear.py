@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from peftrt.nn.magnitude import RememberedScales
 from peftrt.nn.principal import PrincipalParts, Term, in_one
 from peftrt.nn.routing import AdapterSet, current
 from peftrt.nn.rows import by_row
+
+if TYPE_CHECKING:
+    from peftrt.nn.fused import Fused
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class AdapterLinear(PrincipalParts):
     weight: Tensor
     bias: Tensor | None
     owner: AdapterSet
+    # the layers that are multiplied in one call with this one
+    fused: Fused | None = None
 
     def _init_adapters(self) -> None:
         self._settings: dict[str, _Settings] = {}
@@ -246,7 +251,8 @@ class AdapterLinear(PrincipalParts):
         # not by is_bare: torch.compile watches whether a dictionary is empty only where it is tested itself
         if self._merged is not None or not (self._active or self._principal):
             return self._base(x)
-        return self._adapted(x)
+        together = None if self.fused is None else self.fused.result(self, x)
+        return self._adapted(x) if together is None else together
 
     def is_bare(self, weights: Mapping[str, float]) -> bool:
         """Whether the base alone is the layer's map where adapters act with these weights."""
