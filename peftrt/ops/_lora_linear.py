@@ -49,8 +49,9 @@ def lora_linear(
 
     ``y = c * (x W^T + s (drop(x) A^T) B^T) + b`` with c = 1 for LoRA and ``c = m / ||W + s B A||``, row by row, for
     DoRA. Differentiable in x, a dense W, A, B, b and m or c; DoRA's norm counts as a constant. Between forward and
-    backward only x and ``drop(x) A^T`` are kept beside the parameters, and y where a gradient of m or c is wanted; the
-    dropout mask is a function of the seed and is computed again.
+    backward only x and ``drop(x) A^T`` are kept beside the parameters, and y where a gradient of m or c is wanted (to
+    change it in place before the backward is an error then); the dropout mask is a function of the seed and is computed
+    again.
 
     Dropout is of the adapter's input alone, with m as without. HF peft also has the base's share of ``c - 1`` computed
     of the dropped input; without dropout, outputs and gradients are the same.

@@ -203,6 +203,15 @@ def test_saved_are_x_xa_y_and_parameters_alone(kind: str, learns: bool) -> None:
         assert_same_bits(got, want)
 
 
+def test_a_result_that_is_changed_in_place_gives_no_wrong_gradient() -> None:
+    m = factors(24)
+    inputs = [randn(10, 64), nf4(24, 64), randn(2, 64).requires_grad_(), randn(24, 2), SCALING]
+    ops.lora_linear(*inputs, magnitude=m).relu_().sum().backward()  # y is not kept
+    y = ops.lora_linear(*inputs, magnitude=m.requires_grad_()).relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize(("kind", "backend"), combinations())
 def test_a_magnitude_is_that_over_the_norm(kind: str, backend: str) -> None:
     weight, x, A, B, m = base(kind, 6, 64, torch.float32), randn(3, 64), randn(2, 64), randn(6, 2), factors(6)
