@@ -298,6 +298,20 @@ def test_pissa_is_not_an_embedding_s(tmp_path: Path) -> None:
     assert model.model.embed_tokens.adapter("default").lora_A.abs().max() == 0
 
 
+def test_dora_is_not_an_embedding_s(tmp_path: Path) -> None:
+    model = build("llama")
+    with (
+        unchanged(model),
+        pytest.raises(UnsupportedError, match=r"use_dora: model\.embed_tokens: DoRA .* of an embedding"),
+    ):
+        peftrt.adapt(model, config("llama", target_modules=TARGETS["llama"], use_dora=True))
+    peft_save(peft_model("llama", use_dora=True), tmp_path)
+    with unchanged(model), pytest.raises(UnsupportedError, match=r"DoRA \(use_dora\) of an embedding is not supported"):
+        peftrt.load(model, tmp_path)
+    with pytest.raises(ValueError, match="of an embedding is not supported"):
+        peftrt.LoRAEmbedding.from_embedding(nn.Embedding(4, 2), use_dora=True)
+
+
 def test_a_table_with_max_norm_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0), nn.Linear(4, 4))
     with unchanged(model), pytest.raises(UnsupportedError, match="0 cannot be adapted: Embedding has max_norm"):

@@ -129,6 +129,54 @@ def test_dropout_leaves_the_base_alone() -> None:
 
 
 @every
+@pytest.mark.parametrize("name", ["fr", "it"])
+def test_dora_over_a_base_of_which_a_part_is_out(kind: str, name: str) -> None:
+    """DoRA's norms are those of the whole weight, whether the part is its own first values or another adapter's."""
+    case = Case(kind, use_dora=True)
+    layer, x = case.layer, input_of(case.layer)
+    layer.add_adapter("it", r=2, use_dora=True, init=False)
+    adapter = layer.adapter(name)
+    begun = (case.whole + (case.change(name) if name == "it" else 0)).norm(dim=1)
+    assert_close(adapter.magnitude, begun)
+    with torch.no_grad():
+        adapter.magnitude.mul_(1.5)
+    layer.set_active(name)
+    adapted = case.whole + case.change(name)
+    expected = adapted * (adapter.magnitude.detach().double() / adapted.norm(dim=1)).unsqueeze(1)
+    truth = x.double() @ expected.t() + layer.bias.double()
+    for mode in (True, False):
+        layer.train(mode)
+        assert_close(layer(x), truth, roundings=3)
+    with torch.no_grad():
+        assert_close(layer(x), truth, roundings=3)
+        assert_close(layer(x), truth, roundings=3)  # with what is remembered
+    assert_close(layer.adapted_weight(), expected, torch.float32, roundings=3)
+    if name == "it":
+        # remembered scales know of the part, too
+        layer.remove_adapter("fr")
+        with torch.no_grad():
+            assert_close(layer(x), truth, roundings=4)
+
+
+def test_dora_with_dropout_leaves_the_base_alone() -> None:
+    case = Case("dense")
+    layer, x = case.layer, input_of(case.layer)
+    layer.add_adapter("it", r=2, use_dora=True, lora_dropout=0.4, init=False)
+    layer.set_active("it")
+    with torch.no_grad():
+        layer.adapter("it").magnitude.mul_(1.5)
+        expected = layer.eval()(x).double()
+        layer.train()
+        draws = torch.stack([layer(x) for _ in range(400)]).double()
+    spread = draws.std(0) / 20
+    assert spread.min() > 0
+    assert ((draws.mean(0) - expected).abs() <= 5 * spread).all()
+    with torch.no_grad():
+        layer.adapter("it").lora_B.zero_()
+        assert_close(layer(x), layer.eval()(x), roundings=3)
+
+
+@every
 def test_merge_and_unmerge(kind: str) -> None:
     case = Case(kind)
     before = {name: tensor.clone() for name, tensor in case.layer.state_dict().items()}
