@@ -269,14 +269,13 @@ PEFTRT_DEVICE Rows rows_after(Rows rows, int bytes) {
 PEFTRT_DEVICE void start_products() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 PEFTRT_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
 
-#define PEFTRT_SUMS_32                                                                                             \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, "                                                                                                          \
-  "%25, %26, %27, %28, %29, %30, %31"
-#define PEFTRT_SUMS_64                                                                                               \
-  PEFTRT_SUMS_32                                                                                                     \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PEFTRT_SUMS_32                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PEFTRT_SUMS_64                                                                 \
+  PEFTRT_SUMS_32                                                                       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PEFTRT_TIED_8(s, i)                                                                                   \
   "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), \
       "+f"(s[i + 7])
@@ -286,7 +285,7 @@ PEFTRT_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.ali
 
 // sum [64 x 2 kSums] (+)= a [64 x 16] b [16 x 2 kSums], in fp32; b's columns are the rows at `b`. Warp w of the
 // warpgroup has rows 16 w ... of a and sum, a as multiply_matrices has it, and sum[4 j + i] as c[i] of columns 8 j ...
-// Neither may be touched until the group has been waited for.
+// Neither these registers nor the rows may be touched until the group has been waited for.
 template <class T, int kSums>
 PEFTRT_DEVICE void multiply_rows(float (&sum)[kSums], const uint32_t (&a)[4], Rows b, bool add);
 // Waits for this thread's groups but for the `kLeft` newest: `sum` is there.
