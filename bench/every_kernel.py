@@ -38,12 +38,14 @@ class Weight(NamedTuple):
 ALIGNED = Weight(192, 512, 64, True)
 PLAIN = Weight(96, 256, 64, False)
 STRADDLING = Weight(67, 97, 64, True)
+SMALL_BLOCKS = Weight(200, 160, 32, True)
 # bf16 in every range of M, the other dtypes in those that have code of their own
 CASES = (
     *((ALIGNED, M, torch.bfloat16) for M in (1, 8, 40, 130, 300, 2100)),
     *((PLAIN, M, torch.bfloat16) for M in (1, 130)),
     *((STRADDLING, M, torch.bfloat16) for M in (3, 130)),
-    *((ALIGNED, M, torch.float16) for M in (8, 130)),
+    *((SMALL_BLOCKS, M, torch.bfloat16) for M in (8, 40, 130)),
+    *((ALIGNED, M, torch.float16) for M in (8, 40, 130)),
     *((STRADDLING, M, torch.float32) for M in (3,)),
     *((ALIGNED, M, torch.float32) for M in (8, 130)),
 )

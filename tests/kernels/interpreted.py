@@ -84,7 +84,7 @@ def test_columns_have_the_bits_of_the_whole(n: int, k: int, block: int, nested: 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_and_dx_by_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device where there are many rows; the linear kernels are not run."""
-    monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
+    monkeypatch.setattr(_paths, "path", lambda direction, x, **_: _paths.PANELS)
     monkeypatch.setattr(_panels, "width", lambda rows, depth, total, step, *_: min(step, total))
     monkeypatch.setattr(linear_module, "_launch", lambda *_: pytest.fail("the fused kernel ran"))
     for n, k, nested in ((300, 192, True), (33, 128, False)):
@@ -93,7 +93,7 @@ def test_linear_and_dx_by_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 
 
 def test_where_columns_cannot_be_told_apart_dx_goes_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
+    monkeypatch.setattr(_paths, "path", lambda direction, x, **_: _paths.PANELS)
     w = nf4(40, 70)
     check_linear(randn(7, 70, seed=2), randn(7, 40, seed=3), w, None)
 
