@@ -1,4 +1,4 @@
-"""lora_linear by Triton: the adapter's narrow products, then the base's with the adapter's share in the same tiles.
+"""lora_linear and lora_weight_norm by Triton: the base's products with the adapter's share in the same tiles.
 
 Where the table says PANELS the base's product is cuBLAS'. The adapter's share, and the bias, are then written first, in
 x's dtype, and cuBLAS adds its fp32 sums to them: y is written twice and read once, and rounded to its dtype once beside
@@ -35,17 +35,17 @@ def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from peftrt.kernels.lora_linear import lora_linear
     from peftrt.kernels.low_rank import low_rank
 
-    *parts, lora_A, lora_B, scaling, bias, dropout_p, seed = rest
+    *parts, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale = rest
     weight, lora_A, lora_B = WeightArgs(*parts), _operand(lora_A), _operand(lora_B)
     # of their final shapes: what is returned must be no view, or users could not write to it
     y, xa = x.new_empty((*x.shape[:-1], weight.n)), x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32)
     rows, y_rows, xa_rows = _rows(x), y.view(-1, weight.n), xa.view(-1, lora_A.shape[0])
     low_rank(rows, lora_A, xa_rows, seed=seed, dropout_p=dropout_p)
-    bias = None if bias is None else bias.contiguous()
+    bias, row_scale = (None if t is None else t.contiguous() for t in (bias, row_scale))
     if _by_panels(rows, weight, "forward"):
-        _panels_forward(rows, weight, xa_rows, lora_B, scaling, bias, y_rows)
+        _panels_forward(rows, weight, xa_rows, lora_B, scaling, bias, row_scale, y_rows)
     else:
-        lora_linear(rows, _base(weight), xa_rows, lora_B, scaling, bias, None, y_rows)
+        lora_linear(rows, _base(weight), xa_rows, lora_B, scaling, bias, row_scale, y_rows)
     return y, xa
 
 
@@ -53,30 +53,38 @@ def backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Ten
     """The operation's arguments; dX, dA and dB, empty where not wanted."""
     from peftrt.kernels.low_rank import low_rank, low_rank_gradient
 
-    *parts, lora_A, lora_B, scaling, dropout_p, seed, needs_dx, needs_dA, needs_dB = rest
+    *parts, lora_A, lora_B, scaling, dropout_p, seed, row_scale, needs_dx, needs_dA, needs_dB = rest
     dy_rows, B = _rows(dy), _operand(lora_B)
+    row_scale = None if row_scale is None else row_scale.contiguous()
     drop = {"seed": seed, "dropout_p": dropout_p}
+    scaled = {"factor": scaling, "column_scale": row_scale}
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     g = dy_rows.new_empty((dy_rows.shape[0], B.shape[1]), dtype=torch.float32)
     if needs_dx or needs_dA:
-        low_rank(dy_rows, B.t(), g, factor=scaling)
+        low_rank(dy_rows, B.t(), g, **scaled)
     if needs_dx:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _grad_input(dy_rows, WeightArgs(*parts), g, _operand(lora_A), seed, dropout_p, dx.view(-1, x.shape[-1]))
+        rows = dx.view(-1, x.shape[-1])
+        _grad_input(dy_rows, WeightArgs(*parts), g, _operand(lora_A), seed, dropout_p, row_scale, rows)
     if needs_dA:
         dA = _operand(lora_A).new_empty(lora_A.shape)
         low_rank_gradient(g, _rows(x), dA, **drop)
     if needs_dB:
         dB = B.new_empty(B.shape)
-        low_rank_gradient(_rows(xa), dy_rows, dB.t(), factor=scaling)
+        low_rank_gradient(_rows(xa), dy_rows, dB.t(), **scaled)
     return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
-def weight_norm(*args: Any) -> Tensor:
-    """The weight's seven arguments, A [R, K], B [N, R] and s: fp32 [N], the norms of the rows of W + s B A."""
+def norm_unsupported(weight: Tensor, absmax: Tensor | None, *_: Any) -> str | None:
+    """Why Triton cannot take a call of lora_weight_norm; None where it can."""
+    return _triton.unsupported(weight, weight.dtype if absmax is None else torch.float32)
+
+
+def weight_norm(*arguments: Any) -> Tensor:
+    """The arguments of lora_weight_norm; fp32 [N]."""
     from peftrt.kernels.lora_weight_norm import lora_weight_norm
 
-    *parts, lora_A, lora_B, scaling = args
+    *parts, lora_A, lora_B, scaling = arguments
     out = lora_A.new_empty(lora_B.shape[0], dtype=torch.float32)
     lora_weight_norm(_base(WeightArgs(*parts)), _operand(lora_A), _operand(lora_B), scaling, out)
     return out
@@ -107,15 +115,28 @@ def _by_panels(rows: Tensor, weight: WeightArgs, direction: str) -> bool:
 
 
 def _panels_forward(
-    rows: Tensor, weight: WeightArgs, xa: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None, out: Tensor
+    rows: Tensor,
+    weight: WeightArgs,
+    xa: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    out: Tensor,
 ) -> None:
     from peftrt.kernels.lora_linear_dense import adapter_share
     from peftrt.kernels.nf4_dequantize import nf4_dequantize
 
+    if weight.absmax is None and row_scale is not None:
+        # nothing of W's size may be written to scale it: the result is scaled, and rounded again
+        _panels_forward(rows, weight, xa, lora_B, scaling, None, None, out)
+        out.mul_(row_scale) if bias is None else torch.addcmul(bias, out, row_scale, out=out)
+        return
+
     def begin(first: int, columns: Tensor) -> None:
-        last = first + columns.shape[1]
-        part = None if bias is None else bias[first:last]
-        adapter_share(xa, lora_B[first:last].t(), columns, factor=scaling, bias=part)
+        part = slice(first, first + columns.shape[1])
+        addend, scale = (None if t is None else t[part] for t in (bias, row_scale))
+        adapter_share(xa, lora_B[part].t(), columns, factor=scaling, bias=addend, result_scale=scale)
 
     def decode(*args: Any) -> None:
         *codes, block_size, panel = args
@@ -125,18 +146,25 @@ def _panels_forward(
         begin(0, out)
         out.addmm_(rows, weight.weight.t())
     else:
-        _panels.forward(rows, weight, begin, out, decode)
+        _panels.forward(rows, weight, begin, out, decode, row_scale)
 
 
 def _grad_input(
-    dy: Tensor, weight: WeightArgs, g: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float, out: Tensor
+    dy: Tensor,
+    weight: WeightArgs,
+    g: Tensor,
+    lora_A: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    row_scale: Tensor | None,
+    out: Tensor,
 ) -> None:
     from peftrt.kernels.lora_linear import lora_linear_dx
     from peftrt.kernels.lora_linear_dense import adapter_share
     from peftrt.kernels.nf4_dequantize import nf4_dequantize_columns
 
     if not _by_panels(dy, weight, "dx"):
-        lora_linear_dx(dy, _base(weight), g, lora_A, seed, dropout_p, None, out)
+        lora_linear_dx(dy, _base(weight), g, lora_A, seed, dropout_p, row_scale, out)
         return
 
     def begin(first: int, columns: Tensor) -> None:
@@ -145,8 +173,8 @@ def _grad_input(
 
     if weight.absmax is None:
         begin(0, out)
-        out.addmm_(dy, weight.weight)
+        out.addmm_(dy if row_scale is None else (dy * row_scale).to(dy.dtype), weight.weight)
     else:
         tensors = _triton.weight(*weight[:4])  # type: ignore[arg-type]
         decode = functools.partial(nf4_dequantize_columns, *tensors, weight.block_size, weight.k)
-        _panels.grad_input(dy, weight, out, decode, begin)
+        _panels.grad_input(dy, weight, out, decode, begin, row_scale)

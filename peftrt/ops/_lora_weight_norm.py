@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
-from peftrt.ops import _native
+from peftrt.ops import _lora_triton, _native
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import WEIGHT, WeightArgs, check_base, check_low_rank, weight_args
 from peftrt.reference import lora_weight_norm as reference
@@ -71,6 +71,7 @@ _NORM = define(
     fake=_fake,
     backends=(
         Backend("native", _native_run, _native_unsupported, ("cpu",), strict=True),
+        Backend("triton", _lora_triton.weight_norm, _lora_triton.norm_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
 )

@@ -219,7 +219,7 @@ def _low_rank_gradient(target: str, dtype: str, rank: int, drop: bool) -> Varian
 
 def _share(target: str, dtype: str, drop: bool, aligned: bool) -> Variant:
     tile = {key: value for key, value in lora_linear_dense.SHARE.items() if key != "num_warps"}
-    constants = {"BIAS": not drop, "DROPOUT": drop, "WIDE": drop, "BR": RANKS, **tile}
+    constants = {"SCALED_RESULT": not drop, "BIAS": not drop, "DROPOUT": drop, "WIDE": drop, "BR": RANKS, **tile}
     constants |= {"PRECISION": _schedule.PRECISION[ARCHITECTURE[target]], "stride_right" if drop else "stride_r": 1}
     types = _lora_types(dtype, "p_out", "p_bias")
     options = {"num_warps": lora_linear_dense.SHARE["num_warps"]}

@@ -15,8 +15,8 @@ import peftrt
 from peftrt import NF4Weight
 from peftrt.kernels import _schedule, lora_linear_dense, lora_weight_norm, low_rank
 from peftrt.kernels import lora_linear as linear_module
-from peftrt.ops import _lora_triton, _panels, _paths
-from peftrt.ops._weight import WeightArgs, weight_args
+from peftrt.ops import _panels, _paths
+from peftrt.ops._weight import weight_args
 from peftrt.reference.dropout import keep_mask
 from tests.cases import LAYOUTS, exact, laid_out, nf4, randn
 from tests.tolerances import assert_close, assert_same_bits
@@ -83,15 +83,16 @@ class Case:
             assert_close(tensor, true[name], roundings=roundings, intermediate=size)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        args = (*weight_args("lora_linear", self.weight), self.A, self.B, SCALING, self.bias, self.p, self.seed)
+        args = (*weight_args("lora_linear", self.weight), self.A, self.B, SCALING, self.bias, self.p)
         with peftrt.backend("triton"):
-            return torch.ops.peftrt.lora_linear(self.x if x is None else x, *args)
+            return torch.ops.peftrt.lora_linear(self.x if x is None else x, *args, self.seed, self.row_scale)
 
     def backward(self, xa: Tensor, *needs: bool, **other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        args = (*weight_args("lora_linear", self.weight), self.A, self.B, SCALING, self.p, self.seed)
+        args = (*weight_args("lora_linear", self.weight), self.A, self.B, SCALING, self.p)
         with peftrt.backend("triton"):
             dy, x = other.get("dy", self.dy), other.get("x", self.x)
-            return torch.ops.peftrt.lora_linear_backward(dy, x, xa, *args, *(needs or (True, True, True)))
+            needs = needs or (True, True, True)
+            return torch.ops.peftrt.lora_linear_backward(dy, x, xa, *args, self.seed, self.row_scale, *needs)
 
     def check_all(self, roundings: int = 1) -> None:
         y, xa = self.forward()
@@ -132,25 +133,15 @@ def test_drawn_shapes(m: int, n: int, k: int, r: int, kind: str, p: float, dtype
     Case(m, n, k, r, dtype, kind, p).check_all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(("kind", "dtype"), zip(BASES, (*DTYPES, *DTYPES), strict=True))
 def test_row_scale(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernels alone, in one program and in split sums."""
-    for processors, shape in ((1, (19, 70, 130, 5)), (132, (3, 128, 576, 16)), (132, (3, 512, 64, 16))):
+    """In one program and in split sums. In dX rows of W are scaled before they are rounded, or rounded again."""
+    for processors, shape in ((1, (19, 70, 130, 5)), (132, (3, 64, 576, 16)), (132, (3, 512, 64, 16))):
         monkeypatch.setattr(_schedule, "processors", lambda device, count=processors: count)
-        m, n, k, r = shape
-        case = Case(m, n, k, r, dtype, kind, 0.3, scaled=True)
-        weight, drop = _lora_triton._base(weight_args("", case.weight)), {"seed": case.seed, "dropout_p": case.p}
-        xa, g = torch.empty(m, r), torch.empty(m, r)
-        y, dx, dA, dB = (torch.empty_like(t) for t in (case.dy, case.x, case.A, case.B))
-        low_rank.low_rank(case.x, case.A, xa, **drop)
-        linear_module.lora_linear(case.x, weight, xa, case.B, SCALING, case.bias, case.row_scale, y)
-        low_rank.low_rank(case.dy, case.B.t(), g, factor=SCALING, column_scale=case.row_scale)
-        linear_module.lora_linear_dx(case.dy, weight, g, case.A, case.seed, case.p, case.row_scale, dx)
-        low_rank.low_rank_gradient(g, case.x, dA, **drop)
-        low_rank.low_rank_gradient(xa, case.dy, dB.t(), factor=SCALING, column_scale=case.row_scale)
-        case.check(xa=xa, g=g, y=y, dA=dA, dB=dB)
-        # rows of W are scaled before they are rounded, or rounded again
+        case = Case(*shape, dtype, kind, 0.3, scaled=True)
+        y, xa = case.forward()
+        dx, dA, dB = case.backward(xa)
+        case.check(xa=xa, y=y, dA=dA, dB=dB)
         case.check(2, dx=dx)
 
 
@@ -217,7 +208,7 @@ def test_split_sums(kind: str, side: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_bits_of_a_row_do_not_depend_on_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_schedule, "processors", lambda device: 132)
     for kind in ("nf4", "dense"):
-        case = Case(16, 128, 1088, 16, torch.float16, kind)
+        case = Case(16, 64, 1088, 16, torch.float16, kind)
         y, xa = case.forward()
         dx, _, _ = case.backward(xa)
         case.x, case.dy = case.x[5:6], case.dy[5:6]
@@ -236,8 +227,8 @@ def test_by_panels(kind: str, p: float, dtype: torch.dtype, monkeypatch: pytest.
     monkeypatch.setattr(_panels, "width", lambda rows, depth, total, step, *_: min(step, total))
     for name in ("lora_linear", "lora_linear_dx"):
         monkeypatch.setattr(linear_module, name, lambda *_: pytest.fail("the fused kernel ran"))
-    for n, k in ((300, 192), (33, 128)):
-        Case(7, n, k, 5, dtype, kind, p).check_all(roundings=2)
+    for n, k, scaled in ((300, 192, False), (33, 128, True)):
+        Case(7, n, k, 5, dtype, kind, p, scaled=scaled).check_all(roundings=2)
 
 
 def test_where_columns_cannot_be_told_apart_dx_goes_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +308,8 @@ def test_norms_of_the_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for r in (3, 40):
         n, k = shapes.get(kind, (70, 1216))
         case = Case(1, n, k, r, torch.float32, kind if kind in BASES else "nf4")
-        got = _lora_triton.weight_norm(*weight_args("", case.weight), case.A, case.B, SCALING)
+        with peftrt.backend("triton"):
+            got = peftrt.ops.lora_weight_norm(case.weight, case.A, case.B, SCALING)
         whole = exact(case.weight, torch.float32) + SCALING * case.B.double() @ case.A.double()
         assert_close(got, whole.norm(dim=1))
 
@@ -332,5 +324,4 @@ def test_the_base_may_be_of_any_strides() -> None:
     dense = randn(40, 130, seed=1)
     case = Case(7, 20, 65, 4, torch.float32, "dense", 0.3)
     case.weight = dense[::2, ::2]
-    assert isinstance(weight_args("", case.weight), WeightArgs)
     case.check_all()
