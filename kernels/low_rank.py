@@ -126,9 +126,9 @@ STAGES = {"sm_90": 3, "sm_80": 3, "hip": 2}
 GRADIENT_ROWS, GRADIENT_COLUMNS, GRADIENT_WARPS = 32, 128, 4
 
 
-def narrow_configs(architecture: str, rank: int) -> tuple[Config, ...]:
-    """By rows; BN ranks a program, so that x is read once for up to 64."""
-    ranks = 16 if rank <= 16 else 32 if rank <= 32 else 64
+def narrow_configs(architecture: str, rank: int, itemsize: int) -> tuple[Config, ...]:
+    """By rows; BN ranks a program, so that x is read once for up to 64: in fp32 32, which have more parts to keep."""
+    ranks = 16 if rank <= 16 else 32 if rank <= 32 or itemsize == 4 else 64
     return ranges(ROW_RANGES, 32, ranks, 64, warps=4, stages=STAGES[architecture], split=True)
 
 
@@ -155,7 +155,7 @@ def low_rank(
     if out.numel() == 0:
         return
     (M, K), R, limit = x.shape, right.shape[0], dropout_limit(dropout_p)
-    plan = schedule(narrow_configs(architecture_of(x.device), R), M, R, K, False, x.device)
+    plan = schedule(narrow_configs(architecture_of(x.device), R, x.element_size()), M, R, K, False, x.device)
     parts = plan.parts(out)
     with on_device(x):
         low_rank_kernel[plan.grid](

@@ -196,7 +196,7 @@ def _lora_dense(target: str, dtype: str, config: _schedule.Config, split: bool, 
 
 def _low_rank(target: str, dtype: str, rank: int, split: bool, drop: bool) -> Variant:
     """Of x and A; without dropout of dY and B."""
-    config = low_rank.narrow_configs(ARCHITECTURE[target], rank)[0]
+    config = low_rank.narrow_configs(ARCHITECTURE[target], rank, DTYPES[dtype])[0]
     constants = {"COLUMN_SCALE": not drop, "DROPOUT": drop, "WIDE": False, "SPLIT": split}
     constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK, "stride_k" if drop else "stride_r": 1}
     constants["PRECISION"] = _schedule.PRECISION[ARCHITECTURE[target]]
