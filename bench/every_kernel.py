@@ -155,7 +155,7 @@ def _linear_dx(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
 
 
 def _lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
-    """y and the gradients of x, A and B, with dropout and bias; the worst of them."""
+    """y and the gradients of x, A and B, with dropout and bias; and the norms of the rows."""
     weight = _weight(size)
     wide = _decoded(weight, dtype)
     x, dy = _normal(M, size.K, dtype=dtype, seed=2), _normal(M, size.N, dtype=dtype, seed=4)
@@ -173,9 +173,14 @@ def _lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str) -> s
         truth.linear_dx(dy, wide) + g @ A.double() * keep,
         g.t() @ (x.double() * keep),
         2.0 * dy.double().t() @ xa,
+        (_decoded(weight, torch.float32 if base == "nf4" else dtype).double() + 2.0 * B.double() @ A.double()).norm(
+            dim=1
+        ),
     )
-    words = [_far(actual.detach(), true) for actual, true in zip((y, *grads), expected, strict=True)]
-    return "; ".join(f"{name}: {word}" for name, word in zip(("y", "dx", "dA", "dB"), words, strict=True) if word)
+    norm = ops.lora_weight_norm(operand, *leaves[1:], 2.0)
+    words = [_far(actual.detach(), true) for actual, true in zip((y, *grads, norm), expected, strict=True)]
+    names = ("y", "dx", "dA", "dB", "norm")
+    return "; ".join(f"{name}: {word}" for name, word in zip(names, words, strict=True) if word)
 
 
 def _far(actual: Tensor, expected: Tensor) -> str:

@@ -101,6 +101,7 @@ def lora_linear_dense_kernel(
 def adapter_share_kernel(
     p_left,
     p_right,
+    p_row_scale,
     p_bias,
     p_seed,
     p_out,
@@ -114,6 +115,7 @@ def adapter_share_kernel(
     columns,
     factor,
     limit,
+    SCALED_RESULT: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -122,7 +124,7 @@ def adapter_share_kernel(
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile [BM, BN] of ``drop'(factor left right) + bias``: C columns of ``columns``, from ``first``."""
+    """A tile [BM, BN] of ``scale drop'(factor left right) + bias``: C columns of ``columns``, from ``first``."""
     i_m = tl.program_id(0) % tl.cdiv(M, BM)
     i_c = tl.program_id(0) // tl.cdiv(M, BM)
     o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
@@ -136,6 +138,8 @@ def adapter_share_kernel(
     if DROPOUT:
         o_index = o_m[:, None] * columns + (first + o_c)[None, :]
         b_sum = tl.where(kept(p_seed, limit, o_index, WIDE), b_sum, 0.0)
+    if SCALED_RESULT:
+        b_sum *= tl.load(p_row_scale + o_c, mask=m_c, other=0.0)[None, :]
     if BIAS:
         b_sum += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     p_tile = p_out + o_m[:, None] * stride_out + o_c[None, :]
@@ -241,10 +245,11 @@ def adapter_share(
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
+    result_scale: Tensor | None = None,
     first: int = 0,
     columns: int = 0,
 ) -> None:
-    """``out = drop'(factor left right) + bias``: the columns of a result from ``first`` on, of ``columns`` altogether.
+    """``out = result_scale drop'(factor left right) + bias``: columns of a result, from ``first``, of ``columns``.
 
     ``out`` [M, C] may be a slice of columns; the rest as of :func:`lora_linear_dense`.
     """
@@ -256,6 +261,7 @@ def adapter_share(
         adapter_share_kernel[(triton.cdiv(M, SHARE["BM"]) * triton.cdiv(C, SHARE["BN"]),)](
             left,
             right,
+            left if result_scale is None else result_scale,
             left if bias is None else bias,
             left if limit is None else seed,
             out,
@@ -268,6 +274,7 @@ def adapter_share(
             columns,
             factor / (1.0 - dropout_p),
             limit or 0,
+            SCALED_RESULT=result_scale is not None,
             BIAS=bias is not None,
             DROPOUT=limit is not None,
             WIDE=M * columns > 1 << 32,

@@ -1,10 +1,9 @@
-"""lora_linear by Triton: the adapter's narrow products, then the base's with the adapter's share in the same tiles.
+"""lora_linear and lora_weight_norm by Triton: the base's products with the adapter's share in the same tiles.
 
-A factor of the rows multiplies what a tile has summed. Where the table says PANELS the base's product is cuBLAS'. The
-adapter's share, and the bias, are then written first, in x's dtype, and cuBLAS adds its fp32 sums to them: y is written
-twice and read once, and rounded to its dtype once beside the share's own rounding. Ranks beside the columns of x would
-save the pass, but a copy of x as large as x would hold them; adding the share afterwards would move as many bytes, and
-round the base's part instead, which is the larger.
+Where the table says PANELS the base's product is cuBLAS'. The adapter's share, and the bias, are then written first, in
+x's dtype, and cuBLAS adds its fp32 sums to them: y is written twice and read once, and rounded to its dtype once beside
+the share's own rounding. Ranks beside the columns of x would save the pass, but a copy of x as large as x would hold
+them; adding the share afterwards would move as many bytes, and round the base's part instead, which is the larger.
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from peftrt.ops import _panels, _paths, _triton
 from peftrt.ops._weight import WeightArgs
 
 
+_NO_SPLITS = "takes one linear map a call, no splits"
+
+
 def unsupported(x: Tensor, splits: Sequence[int]) -> str | None:
     """Why Triton cannot take a call with such an x; None where it can."""
-    return "takes one linear map a call, no splits" if splits else _triton.unsupported(x, x.dtype)
+    return _NO_SPLITS if splits else _triton.unsupported(x, x.dtype)
 
 
 def slower(x: Tensor, splits: Sequence[int]) -> str | None:
@@ -56,31 +58,39 @@ def backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Ten
     from peftrt.kernels.low_rank import low_rank, low_rank_gradient
 
     *parts, lora_A, lora_B, scaling, dropout_p, seed, row_scale, needs_dx, needs_dA, needs_dB, _ = rest
-    row_scale = None if row_scale is None else row_scale.contiguous()
     dy_rows, B = _rows(dy), _operand(lora_B)
+    row_scale = None if row_scale is None else row_scale.contiguous()
     drop = {"seed": seed, "dropout_p": dropout_p}
+    scaled = {"factor": scaling, "column_scale": row_scale}
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     g = dy_rows.new_empty((dy_rows.shape[0], B.shape[1]), dtype=torch.float32)
     if needs_dx or needs_dA:
-        low_rank(dy_rows, B.t(), g, factor=scaling, column_scale=row_scale)
+        low_rank(dy_rows, B.t(), g, **scaled)
     if needs_dx:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        adapter = (g, _operand(lora_A), seed, dropout_p)
-        _grad_input(dy_rows, WeightArgs(*parts), *adapter, row_scale, dx.view(-1, x.shape[-1]))
+        rows = dx.view(-1, x.shape[-1])
+        _grad_input(dy_rows, WeightArgs(*parts), g, _operand(lora_A), seed, dropout_p, row_scale, rows)
     if needs_dA:
         dA = _operand(lora_A).new_empty(lora_A.shape)
         low_rank_gradient(g, _rows(x), dA, **drop)
     if needs_dB:
         dB = B.new_empty(B.shape)
-        low_rank_gradient(_rows(xa), dy_rows, dB.t(), factor=scaling, column_scale=row_scale)
+        low_rank_gradient(_rows(xa), dy_rows, dB.t(), **scaled)
     return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
-def weight_norm(*args: Any) -> Tensor:
-    """The weight's seven arguments, A [R, K], B [N, R], s, no splits: fp32 [N], the norms of the rows of W + s B A."""
+def norm_unsupported(weight: Tensor, absmax: Tensor | None, *rest: Any) -> str | None:
+    """Why Triton cannot take a call of lora_weight_norm; None where it can."""
+    if rest[-1]:
+        return _NO_SPLITS
+    return _triton.unsupported(weight, weight.dtype if absmax is None else torch.float32)
+
+
+def weight_norm(*arguments: Any) -> Tensor:
+    """The arguments of lora_weight_norm; fp32 [N]."""
     from peftrt.kernels.lora_weight_norm import lora_weight_norm
 
-    *parts, lora_A, lora_B, scaling, _ = args
+    *parts, lora_A, lora_B, scaling, _ = arguments
     out = lora_A.new_empty(lora_B.shape[0], dtype=torch.float32)
     lora_weight_norm(_base(WeightArgs(*parts)), _operand(lora_A), _operand(lora_B), scaling, out)
     return out
@@ -120,33 +130,29 @@ def _panels_forward(
     row_scale: Tensor | None,
     out: Tensor,
 ) -> None:
-    """NF4 panels are multiplied by the row scale before the product, a dense base's product after it."""
     from peftrt.kernels.lora_linear_dense import adapter_share
     from peftrt.kernels.nf4_dequantize import nf4_dequantize
 
-    dense = weight.absmax is None
-    first_bias = None if dense and row_scale is not None else bias
-    if row_scale is not None and not dense:
-        lora_B = lora_B * row_scale.unsqueeze(1)
+    if weight.absmax is None and row_scale is not None:
+        # nothing of W's size may be written to scale it: the result is scaled, and rounded again
+        _panels_forward(rows, weight, xa, lora_B, scaling, None, None, out)
+        out.mul_(row_scale) if bias is None else torch.addcmul(bias, out, row_scale, out=out)
+        return
 
     def begin(first: int, columns: Tensor) -> None:
-        last = first + columns.shape[1]
-        part = None if first_bias is None else first_bias[first:last]
-        adapter_share(xa, lora_B[first:last].t(), columns, factor=scaling, bias=part)
+        part = slice(first, first + columns.shape[1])
+        addend, scale = (None if t is None else t[part] for t in (bias, row_scale))
+        adapter_share(xa, lora_B[part].t(), columns, factor=scaling, bias=addend, result_scale=scale)
 
     def decode(*args: Any) -> None:
         *codes, block_size, panel = args
         nf4_dequantize(*_triton.weight(*codes), block_size, panel)
 
-    if not dense:
+    if weight.absmax is None:
+        begin(0, out)
+        out.addmm_(rows, weight.weight.t())
+    else:
         _panels.forward(rows, weight, begin, out, decode, row_scale)
-        return
-    begin(0, out)
-    out.addmm_(rows, weight.weight.t())
-    if row_scale is not None:
-        out.mul_(row_scale)
-        if bias is not None:
-            out.add_(bias)
 
 
 def _grad_input(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
-from peftrt.ops import _lora_triton, _native, _triton
+from peftrt.ops import _lora_triton, _native
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import WEIGHT, WeightArgs, check_base, check_low_rank, weight_args
 from peftrt.reference import lora_weight_norm as reference
@@ -61,12 +61,6 @@ def _native_unsupported(weight: Tensor, absmax: Tensor | None, *_: Any) -> str |
     return _native.unsupported(weight, weight.dtype if absmax is None else torch.float32)
 
 
-def _triton_unsupported(weight: Tensor, absmax: Tensor | None, *rest: Any) -> str | None:
-    if rest[-1]:
-        return "takes one linear map a call, no splits"
-    return _triton.unsupported(weight, weight.dtype if absmax is None else torch.float32)
-
-
 def _native_run(*arguments: Any) -> Tensor:
     *weight, lora_A, lora_B, scaling, splits = arguments
     if weight[1] is None and weight[0].dtype not in FLOAT_DTYPES:
@@ -81,7 +75,7 @@ _NORM = define(
     fake=_fake,
     backends=(
         Backend("native", _native_run, _native_unsupported, ("cpu",), strict=True),
-        Backend("triton", _lora_triton.weight_norm, _triton_unsupported, ("cuda",)),
+        Backend("triton", _lora_triton.weight_norm, _lora_triton.norm_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),
 )

@@ -114,10 +114,10 @@ def forward(
     decode: DecodeRows,
     row_scale: Tensor | None = None,
 ) -> None:
-    """``out = x (row_scale * W)^T + addend`` with x [M, K] and out [M, N] contiguous, where ``rows_fit``.
+    """``out = x (row_scale W)^T + addend`` with x [M, K] and out [M, N] contiguous, where ``rows_fit``.
 
-    ``addend`` is a bias [N], or writes what is added to columns of the result. ``row_scale`` [N]: the panels are
-    rounded again after it, in the L2, and not the result.
+    ``addend`` is a bias [N], or writes what is added to columns of the result. ``row_scale``: fp32 [N], or None; a
+    panel that it scales is rounded a second time, which moves fewer bytes than scaling the result.
     """
     if out.numel() == 0:
         return
@@ -129,7 +129,7 @@ def forward(
             panel = room[: last - first]
             decode(*_rows_of(weight, first, last), weight.block_size, panel)
             if row_scale is not None:
-                panel.mul_(row_scale[first:last].unsqueeze(1))
+                panel.mul_(row_scale[first:last, None])
             if isinstance(addend, Tensor):
                 torch.addmm(addend[first:last], x, panel.t(), out=out[:, first:last])
             else:
@@ -152,8 +152,9 @@ def grad_input(
     begin: Begin | None = None,
     row_scale: Tensor | None = None,
 ) -> None:
-    """``out = dy (row_scale * W)``, and what ``begin`` writes, with dy [M, N] and out [M, K] contiguous, where
-    ``columns_fit``; ``row_scale`` as of :func:`forward`.
+    """``out = dy (row_scale W)`` (+ what ``begin`` writes), dy [M, N] and out [M, K] contiguous, where ``columns_fit``.
+
+    ``row_scale`` as of :func:`forward`.
     """
     if out.numel() == 0:
         return
@@ -167,7 +168,7 @@ def grad_input(
             panel = flat[: weight.n * (last - first)].view(weight.n, last - first)
             decode(first, panel)
             if row_scale is not None:
-                panel.mul_(row_scale.unsqueeze(1))
+                panel.mul_(row_scale[:, None])
             _multiply(dy, panel, first, begin, out[:, first:last])
 
 

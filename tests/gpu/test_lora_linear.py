@@ -94,6 +94,25 @@ def test_dropout_before_the_adapter_has_the_zeros_of_the_cpu(place: Place, m: in
         _near(got, expected.double(), torch.float32)
 
 
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+@pytest.mark.parametrize("m", [3, 40, 700])
+@BY_DEFAULT
+def test_a_magnitude_has_the_results_of_the_cpu(place: Place, m: int, base: str) -> None:
+    """DoRA: the norms of the rows, y and all gradients."""
+    nf4, x, dy = random_weight(N, K, "cpu"), randn(m, K), randn(m, N, seed=4)
+    A, B, bias, magnitude = randn(R, K, seed=2), randn(N, R, seed=3), randn(N, seed=5), randn(N, seed=6).abs() + 0.5
+    weight = nf4 if base == "nf4" else decoded(nf4, torch.float32)
+    results = []
+    for device in (place.device, "cpu"):
+        leaves = [t.to(device, copy=True).requires_grad_() for t in (x, A, B, bias, magnitude)]
+        there = weight.to(device)
+        norms = ops.lora_weight_norm(there, *leaves[1:3], SCALING)
+        y = ops.lora_linear(leaves[0], there, *leaves[1:3], SCALING, leaves[3], magnitude=leaves[4])
+        results.append((norms, y.detach(), *torch.autograd.grad(y, leaves, dy.to(device))))
+    for got, expected in zip(*results, strict=True):
+        _near(got, expected.double(), torch.float32)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 64, 256])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @BY_DEFAULT
@@ -159,4 +178,4 @@ def test_a_gpu_is_not_served_by_the_reference(dtype: torch.dtype) -> None:
     weight = weight_args("lora_linear", random_weight(N, K, "cuda"))
     for m in (1, 300):
         x = randn(m, K, dtype=dtype, device="cuda")
-        assert_not_by_the_reference("lora_linear", x, *weight, A, B, SCALING, None, 0.0, None)
+        assert_not_by_the_reference("lora_linear", x, *weight, A, B, SCALING, None, 0.0, None, None, [])

@@ -196,7 +196,7 @@ def _lora_dense(target: str, dtype: str, config: _schedule.Config, split: bool, 
 
 def _low_rank(target: str, dtype: str, rank: int, split: bool, drop: bool) -> Variant:
     """Of x and A; without dropout of dY and B."""
-    config = low_rank.narrow_configs(ARCHITECTURE[target], rank)[0]
+    config = low_rank.narrow_configs(ARCHITECTURE[target], rank, DTYPES[dtype])[0]
     constants = {"COLUMN_SCALE": not drop, "DROPOUT": drop, "WIDE": False, "SPLIT": split}
     constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK, "stride_k" if drop else "stride_r": 1}
     constants["PRECISION"] = _schedule.PRECISION[ARCHITECTURE[target]]
@@ -219,7 +219,7 @@ def _low_rank_gradient(target: str, dtype: str, rank: int, drop: bool) -> Varian
 
 def _share(target: str, dtype: str, drop: bool, aligned: bool) -> Variant:
     tile = {key: value for key, value in lora_linear_dense.SHARE.items() if key != "num_warps"}
-    constants = {"BIAS": not drop, "DROPOUT": drop, "WIDE": drop, "BR": RANKS, **tile}
+    constants = {"SCALED_RESULT": not drop, "BIAS": not drop, "DROPOUT": drop, "WIDE": drop, "BR": RANKS, **tile}
     constants |= {"PRECISION": _schedule.PRECISION[ARCHITECTURE[target]], "stride_right" if drop else "stride_r": 1}
     types = _lora_types(dtype, "p_out", "p_bias")
     options = {"num_warps": lora_linear_dense.SHARE["num_warps"]}

@@ -56,7 +56,7 @@ def test_every_configuration_is_among_the_variants() -> None:
 
 def test_every_number_of_rows_has_a_configuration() -> None:
     everything = [*nf4_linear.CONFIGS.values(), *nf4_linear.STRADDLING_CONFIGS.values()]
-    everything += [*lora_linear_dense.DENSE_CONFIGS.values(), low_rank.narrow_configs("sm_90", 16)]
+    everything += [*lora_linear_dense.DENSE_CONFIGS.values(), low_rank.narrow_configs("sm_90", 16, 2)]
     for configs in everything:
         rows = [config.rows for config in configs]
         assert rows == sorted(set(rows))

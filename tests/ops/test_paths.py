@@ -200,14 +200,30 @@ def test_lora_linear_is_tritons_and_torchs_where_there_is_none(kind: str, hopper
         weight[:4] = [on_cuda(WEIGHT.n, WEIGHT.k), None, None, None]
     A, B, xa = on_cuda(4, WEIGHT.k, torch.float32), on_cuda(WEIGHT.n, 4, torch.float32), on_cuda(8, 4, torch.float32)
     calls = {
-        "lora_linear": (x, *weight, A, B, 2.0, None, 0.0, None),
-        "lora_linear_backward": (on_cuda(8, WEIGHT.n), x, xa, *weight, A, B, 2.0, 0.0, None, True, True, True),
+        "lora_linear": (x, *weight, A, B, 2.0, None, 0.0, None, None, []),
+        "lora_linear_backward": (
+            on_cuda(8, WEIGHT.n),
+            x,
+            xa,
+            *weight,
+            A,
+            B,
+            2.0,
+            0.0,
+            None,
+            None,
+            True,
+            True,
+            True,
+            [],
+        ),
     }
     for name, args in calls.items():
         choice = choose(name, OPS[name].backends, "cuda", args)
         assert choice.backend is not None
         assert choice.backend.name == "triton"
         assert "native: the base's product and torch's pass over y three times" in str(choice)
+    assert chosen("lora_weight_norm", (*weight, A, B, 2.0, [])) == "triton"
     hopper.setattr(_triton, "unsupported", lambda x, dtype: "triton is not installed")
     assert {chosen(name, args) for name, args in calls.items()} == {"native"}
 
