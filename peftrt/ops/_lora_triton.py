@@ -18,7 +18,6 @@ from torch import Tensor
 from peftrt.ops import _panels, _paths, _triton
 from peftrt.ops._weight import WeightArgs
 
-
 _NO_SPLITS = "takes one linear map a call, no splits"
 
 
