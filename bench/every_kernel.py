@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from bench import truth
+from bench.shapes import RANK
 from peftrt import BackendError, NF4Weight, backend, ops
 from peftrt.ops._weight import weight_args
+from peftrt.reference.dropout import keep_mask
 
 DEFAULT = "default"  # whatever the package chooses by itself
 BACKENDS = {"cuda": ("native", "triton", DEFAULT), "cpu": ("native", DEFAULT)}
@@ -36,12 +38,14 @@ class Weight(NamedTuple):
 ALIGNED = Weight(192, 512, 64, True)
 PLAIN = Weight(96, 256, 64, False)
 STRADDLING = Weight(67, 97, 64, True)
+SMALL_BLOCKS = Weight(200, 160, 32, True)
 # bf16 in every range of M, the other dtypes in those that have code of their own
 CASES = (
     *((ALIGNED, M, torch.bfloat16) for M in (1, 8, 40, 130, 300, 2100)),
     *((PLAIN, M, torch.bfloat16) for M in (1, 130)),
     *((STRADDLING, M, torch.bfloat16) for M in (3, 130)),
-    *((ALIGNED, M, torch.float16) for M in (8, 130)),
+    *((SMALL_BLOCKS, M, torch.bfloat16) for M in (8, 40, 130)),
+    *((ALIGNED, M, torch.float16) for M in (8, 40, 130)),
     *((STRADDLING, M, torch.float32) for M in (3,)),
     *((ALIGNED, M, torch.float32) for M in (8, 130)),
 )
@@ -94,6 +98,9 @@ def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callabl
             case = size, M, dtype, device
             yield name, f"nf4_linear M={M} {_name(size, dtype)}", lambda c=case: _linear(*c)
             yield name, f"nf4_linear_dx M={M} {_name(size, dtype)}", lambda c=case: _linear_dx(*c)
+            for base in ("nf4", "dense"):
+                what = f"lora_linear M={M} {base} {_name(size, dtype)}"
+                yield name, what, lambda c=case, base=base: _lora(base, *c)
 
 
 def _name(size: Weight, dtype: torch.dtype) -> str:
@@ -145,6 +152,35 @@ def _linear_dx(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
     args: Any = weight_args("nf4_linear_dx", weight.to(device))
     got = torch.ops.peftrt.nf4_linear_dx(dy.to(device), *args)
     return _far(got, truth.linear_dx(dy, _decoded(weight, dtype)))
+
+
+def _lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    """y and the gradients of x, A and B, with dropout and bias; and the norms of the rows."""
+    weight = _weight(size)
+    wide = _decoded(weight, dtype)
+    x, dy = _normal(M, size.K, dtype=dtype, seed=2), _normal(M, size.N, dtype=dtype, seed=4)
+    A, B = _normal(RANK, size.K, dtype=torch.float32, seed=5), _normal(size.N, RANK, dtype=torch.float32, seed=6)
+    bias, p = _normal(size.N, dtype=dtype, seed=3), 0.25
+    seed = torch.tensor([7])
+    leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in (x, A, B)]
+    operand = weight.to(device) if base == "nf4" else wide.to(device)
+    y = ops.lora_linear(leaves[0], operand, *leaves[1:], 2.0, bias.to(device), dropout_p=p, seed=seed.to(device))
+    grads = torch.autograd.grad(y, leaves, dy.to(device))
+    keep = keep_mask(seed, M, size.K, p).double() / (1 - p)
+    xa, g = (x.double() * keep) @ A.double().t(), 2.0 * dy.double() @ B.double()
+    expected = (
+        truth.linear(x, wide) + 2.0 * xa @ B.double().t() + bias.double(),
+        truth.linear_dx(dy, wide) + g @ A.double() * keep,
+        g.t() @ (x.double() * keep),
+        2.0 * dy.double().t() @ xa,
+        (_decoded(weight, torch.float32 if base == "nf4" else dtype).double() + 2.0 * B.double() @ A.double()).norm(
+            dim=1
+        ),
+    )
+    norm = ops.lora_weight_norm(operand, *leaves[1:], 2.0)
+    words = [_far(actual.detach(), true) for actual, true in zip((y, *grads, norm), expected, strict=True)]
+    names = ("y", "dx", "dA", "dB", "norm")
+    return "; ".join(f"{name}: {word}" for name, word in zip(names, words, strict=True) if word)
 
 
 def _far(actual: Tensor, expected: Tensor) -> str:

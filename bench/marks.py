@@ -92,6 +92,8 @@ CPU = (
     *_lora_overhead("fp32"),
     Mark("lora_linear", "nf4-train", "fp32", (16,), "peft+bitsandbytes", at_least=3),
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
+    Mark("lora_linear", "nf4-dora", "fp32", (), "lora", at_most=1.15),
+    Mark("lora_linear", "dense-dora", "fp32", (), "lora", at_most=1.15),
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
 )

@@ -80,13 +80,30 @@ def lora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
     return linear(x, weight) + scaling * (wide @ A.t() @ B.t())
 
 
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``||W + s B A||``, row by row, in float64."""
+    parts = zip(weight.split(CHUNK), lora_B.split(CHUNK), strict=True)
+    return torch.cat([(w.double() + scaling * (b.double() @ lora_A.double())).norm(dim=1) for w, b in parts])
+
+
 def lora_gradients(
-    x: Tensor, dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX, dA, dB in float64."""
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """dX, dA, dB in float64; dm where DoRA's magnitude is given, its norm taken as constant."""
     wide, grad, A, B = (tensor.detach().double() for tensor in (x, dy, lora_A, lora_B))
+    of_magnitude: tuple[Tensor, ...] = ()
+    if magnitude is not None:
+        norms = row_norms(weight, lora_A, lora_B, scaling)
+        of_magnitude = ((grad * lora(x, weight, lora_A, lora_B, scaling)).sum(0) / norms,)
+        grad = grad * (magnitude.double() / norms)
     inner = scaling * (grad @ B)
-    return linear_dx(dy, weight) + inner @ A, inner.t() @ wide, scaling * (grad.t() @ (wide @ A.t()))
+    return linear_dx(grad, weight) + inner @ A, inner.t() @ wide, scaling * (grad.t() @ (wide @ A.t())), *of_magnitude
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,101 +1,19 @@
-// The CPU functions as torch sees them, in namespace peftrt_cpu: checks, pointers, and nothing else.
+// The CPU functions as torch sees them, in namespace peftrt_cpu: checks (binding_cpu.h), pointers, and nothing else.
 //
 // Built on torch's stable ABI. Where a function takes `out`, all its tensors are contiguous and `out` is written whole.
 // Python checks its arguments with better words; what stands here keeps a bad call from reading or writing out of
 // bounds.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "binding_cpu.h"
 
-#include <cmath>
-#include <optional>
+#include <torch/csrc/stable/library.h>
+
 #include <string>
 #include <tuple>
-#include <vector>
-
-#include "cpu/kernels.h"
-#include "nf4.h"
 
 namespace {
 
-using peftrt::cpu::Dropout;
-using peftrt::cpu::Dtype;
-using peftrt::cpu::LowRank;
+using peftrt::cpu::Base;
 using peftrt::cpu::LowRankGradient;
-using peftrt::cpu::Parallel;
-using peftrt::cpu::Weight;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void check(bool condition, const char* op, const char* argument, const char* expected) {
-  STD_TORCH_CHECK(condition, "peftrt_cpu::", op, ": ", argument, " must be ", expected);
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* op, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      check(false, op, argument, "float32, bfloat16 or float16");
-  }
-  return Dtype::kFloat32;
-}
-
-void check_dense(const Tensor& tensor, const char* op, const char* argument) {
-  check(tensor.is_cpu() && tensor.is_contiguous(), op, argument, "a contiguous CPU tensor");
-}
-
-void check_block_size(int64_t block_size, const char* op) {
-  check(block_size >= 32 && block_size <= 65536 && (block_size & (block_size - 1)) == 0, op, "block_size",
-        "a power of two from 32 to 65536");
-}
-
-const uint8_t* bytes_of(const Tensor& tensor, int64_t count, const char* op, const char* argument) {
-  check_dense(tensor, op, argument);
-  check(tensor.scalar_type() == ScalarType::Byte, op, argument, "uint8");
-  STD_TORCH_CHECK(tensor.numel() == count, "peftrt_cpu::", op, ": ", argument, " must have ", count, " bytes, got ",
-                  tensor.numel());
-  return static_cast<const uint8_t*>(tensor.const_data_ptr());
-}
-
-Weight weight_of(const char* op, const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
-                 const std::optional<Tensor>& nested_offset, int64_t block_size, int64_t n, int64_t k) {
-  check_block_size(block_size, op);
-  check(nested_absmax.has_value() == nested_offset.has_value(), op, "nested_offset",
-        "given exactly when nested_absmax is");
-  const int64_t numel = n * k, blocks = (numel + block_size - 1) / block_size;
-  Weight weight = {};
-  weight.codes = bytes_of(codes, (numel + 1) / 2, op, "codes");
-  weight.absmax = bytes_of(absmax, nested_absmax ? blocks : 4 * blocks, op, "absmax");
-  if (nested_absmax) {
-    const int64_t runs = (blocks + peftrt::kNestedBlock - 1) / peftrt::kNestedBlock;
-    weight.nested_absmax = bytes_of(*nested_absmax, 4 * runs, op, "nested_absmax");
-    std::memcpy(&weight.nested_offset, bytes_of(*nested_offset, 4, op, "nested_offset"), 4);
-  }
-  weight.n = n;
-  weight.k = k;
-  weight.block_size = int(block_size);
-  return weight;
-}
-
-// A call of less work than this stays on the caller's thread. Work is counted in multiplications, of which a core does
-// 30 in a nanosecond; to decode a weight counts as four. To wake a second thread takes 5 to 10 µs if it spins and 25 to
-// 50 if it sleeps (OMP_WAIT_POLICY), so that two threads first win at 30 µs of work and at some 100 (Zen 3, November
-// 2026).
-constexpr int64_t kAlone = 1 << 20;
-
-// torch's own threads, so that torch.set_num_threads is obeyed and no second pool competes with them.
-Parallel parallel(int64_t work) {
-  const auto run = [](int64_t tasks, Parallel::Body body, void* context) {
-    torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-  };
-  return {work < kAlone ? 1 : int(torch::stable::get_num_threads()), run};
-}
 
 void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
                     std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
@@ -132,37 +50,15 @@ void nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor codes, Tensor nest
                                              parallel(4 * blocks));
 }
 
-// a [..., a_width] times the weight -> out [..., out_width], both contiguous and of one dtype; their dtype and rows.
-struct Product {
-  Dtype dtype;
-  int64_t rows;
-};
-Product check_product(const char* op, const char* argument, const Tensor& a, const Tensor& out) {
-  check_dense(a, op, argument);
-  check_dense(out, op, "out");
-  check(a.dim() >= 1, op, argument, "[..., features]");
-  check(out.scalar_type() == a.scalar_type() && out.dim() == a.dim(), op, "out", "of the input's dtype and dimensions");
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < a.dim(); ++i) {
-    check(out.size(i) == a.size(i), op, "out", "of the input's shape but for the last dimension");
-    rows *= a.size(i);
-  }
-  return {dtype_of(a, op, argument), rows};
-}
-
 void linear(const char* op, const Tensor& x, const Tensor& codes, const Tensor& absmax,
             const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset, int64_t block_size,
             const std::optional<Tensor>& bias, const LowRank* adapter, const Tensor& out) {
   const Product product = check_product(op, "x", x, out);
   const int64_t n = out.size(-1), k = x.size(-1);
   const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
-  if (bias) {
-    check_dense(*bias, op, "bias");
-    check(bias->dim() == 1 && bias->numel() == n && bias->scalar_type() == x.scalar_type(), op, "bias",
-          "[N], of x's dtype");
-  }
-  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
-  const int64_t work = (4 + product.rows) * n * k + product.rows * (n + k) * rank;
+  check_bias(op, bias, n, x);
+  const int64_t adapted = adapter == nullptr ? 0 : n * adapter->rank + k * adapter->width();
+  const int64_t work = (4 + product.rows) * n * k + product.rows * adapted;
   peftrt::cpu::kernels().nf4_linear(weight, product.dtype, product.rows, x.const_data_ptr(),
                                     bias ? bias->const_data_ptr() : nullptr, adapter, out.mutable_data_ptr(),
                                     parallel(work));
@@ -190,20 +86,6 @@ void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Ten
   linear_dx("nf4_linear_dx", dy, codes, absmax, nested_absmax, nested_offset, block_size, nullptr, out);
 }
 
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
-}
-
-// An empty [..., width] for a product of `a` [..., a_width], of a's dtype unless another is named.
-Tensor empty_product(const char* op, const char* argument, const Tensor& a, int64_t a_width, int64_t width,
-                     std::optional<ScalarType> dtype = std::nullopt) {
-  check(a.is_cpu() && a.dim() >= 1 && a.size(-1) == a_width, op, argument, "[..., features] on the CPU");
-  std::vector<int64_t> sizes(size_t(a.dim()), width);
-  for (int64_t i = 0; i + 1 < a.dim(); ++i) sizes[size_t(i)] = a.size(i);
-  return torch::stable::new_empty(a, sizes, dtype);
-}
-
 // The same with any strides and a result of their own: what the operations call.
 Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
                   std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size,
@@ -214,32 +96,27 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> n
   return out;
 }
 
-// Beside y, in fp32, x A^T (of `dropped`, which is what the adapter sees of x, where it is given).
+// y = row_scale * (x W^T + s x A^T B^T) + bias; beside it, in fp32, x A^T (of `dropped`, which is what the adapter sees
+// of x, where it is given).
 std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, std::optional<Tensor> dropped, Tensor codes, Tensor absmax,
                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
                                            int64_t n, int64_t k, int64_t block_size, Tensor lora_A, Tensor lora_B,
-                                           double scaling, std::optional<Tensor> bias) {
+                                           double scaling, std::optional<Tensor> bias, std::optional<Tensor> row_scale,
+                                           IntHeaderOnlyArrayRef splits) {
   const char* op = "nf4_lora_linear";
-  check(lora_A.is_cpu() && lora_A.dim() == 2 && lora_A.size(1) == k, op, "lora_A", "[R, K] on the CPU");
-  const int64_t rank = lora_A.size(0);
-  check(lora_B.is_cpu() && lora_B.dim() == 2 && lora_B.size(0) == n && lora_B.size(1) == rank, op, "lora_B",
-        "[N, R] on the CPU");
-  Tensor out = empty_product(op, "x", x, k, n), xa = empty_product(op, "x", x, k, rank, ScalarType::Float);
+  const Tensor a = dense(lora_A), b = dense(lora_B);
+  const std::vector<int64_t> ends = ends_of(op, splits, n);
+  LowRank adapter = low_rank_of(op, a, b, k, scaling, ends);
+  Tensor out = empty_product(op, "x", x, k, n);
+  Tensor xa = empty_product(op, "x", x, k, adapter.width(), ScalarType::Float);
   if (dropped) {
     check(dropped->is_cpu() && dropped->scalar_type() == ScalarType::Float && dropped->dim() == x.dim(), op, "dropped",
           "float32, of x's shape");
     for (int64_t i = 0; i < x.dim(); ++i) check(dropped->size(i) == x.size(i), op, "dropped", "float32, of x's shape");
   }
-  const Tensor a = dense(lora_A), b = dense(lora_B);
-  const std::optional<Tensor> seen = dense(dropped);
-  LowRank adapter = {};
-  adapter.rank = rank;
-  adapter.a_dtype = dtype_of(a, op, "lora_A");
-  adapter.b_dtype = dtype_of(b, op, "lora_B");
-  adapter.a = a.const_data_ptr();
-  adapter.b = b.const_data_ptr();
+  const std::optional<Tensor> seen = dense(dropped), scale = dense(row_scale);
   adapter.dropped = seen ? static_cast<const float*>(seen->const_data_ptr()) : nullptr;
-  adapter.scaling = float(scaling);
+  adapter.row_scale = row_scale_of(op, scale, n);
   adapter.xa = static_cast<float*>(xa.mutable_data_ptr());
   linear(op, dense(x), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size, dense(bias),
          &adapter, out);
@@ -254,13 +131,6 @@ Tensor nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tenso
   return out;
 }
 
-Dropout dropout_of(const char* op, int64_t seed, double p) {
-  check(p >= 0.0 && p < 1.0, op, "p", "in [0, 1)");
-  const double threshold = std::nearbyint(p * 4294967296.0);
-  check(threshold < 4294967296.0, op, "p", "at most 1 - 2^-32");
-  return {uint64_t(seed), uint32_t(threshold), float(1.0 - p)};
-}
-
 void dropout(Tensor x, int64_t seed, double p, Tensor out) {
   const char* op = "dropout";
   check_dense(x, op, "x");
@@ -270,19 +140,22 @@ void dropout(Tensor x, int64_t seed, double p, Tensor out) {
                                  out.mutable_data_ptr(), parallel(8 * x.numel()));
 }
 
-// g = scaling * dy B, dA = g^T drop(x) and dB = scaling * dy^T xa, in fp32; a seed where something was dropped. dA and
-// dB are empty where they are not wanted.
+// g = scaling * dz B, dA = g^T drop(x) and dB = scaling * dz^T xa, in fp32, with dz = row_scale * dy; a seed where
+// something was dropped. dA and dB are empty where they are not wanted.
 std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, double scaling,
-                                                     std::optional<int64_t> seed, double p, bool needs_da,
-                                                     bool needs_db) {
+                                                     std::optional<int64_t> seed, double p,
+                                                     std::optional<Tensor> row_scale, bool needs_da, bool needs_db,
+                                                     IntHeaderOnlyArrayRef splits) {
   const char* op = "low_rank_gradient";
   check(lora_B.is_cpu() && lora_B.dim() == 2, op, "lora_B", "[N, R] on the CPU");
   const int64_t n = lora_B.size(0), rank = lora_B.size(1);
+  const std::vector<int64_t> ends = ends_of(op, splits, n);
+  const int64_t width = rank * int64_t(ends.size());
   check(x.is_cpu() && x.dim() >= 1, op, "x", "[..., K] on the CPU");
   const int64_t k = x.size(-1);
   check(dy.is_cpu() && dy.dim() == x.dim() && dy.size(-1) == n && dy.scalar_type() == x.scalar_type(), op, "dy",
         "[..., N], of x's dtype and dimensions");
-  check(xa.is_cpu() && xa.dim() == x.dim() && xa.size(-1) == rank && xa.scalar_type() == ScalarType::Float, op, "xa",
+  check(xa.is_cpu() && xa.dim() == x.dim() && xa.size(-1) == width && xa.scalar_type() == ScalarType::Float, op, "xa",
         "float32 [..., R], of x's dimensions");
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) {
@@ -290,11 +163,14 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
     m *= x.size(i);
   }
   const Tensor rows_dy = dense(dy), rows_x = dense(x), rows_xa = dense(xa), b = dense(lora_B);
-  Tensor g = torch::stable::new_empty(xa, {m, rank}), da = torch::stable::new_empty(xa, {needs_da ? rank : 0, k}),
+  Tensor g = torch::stable::new_empty(xa, {m, width}), da = torch::stable::new_empty(xa, {needs_da ? width : 0, k}),
          db = torch::stable::new_empty(xa, {needs_db ? n : 0, rank});
   const Dropout dropout = seed ? dropout_of(op, *seed, p) : Dropout{};
+  const std::optional<Tensor> scale = dense(row_scale);
   LowRankGradient adapter = {};
   adapter.rank = rank;
+  adapter.parts = {int(ends.size()), ends.data()};
+  adapter.row_scale = row_scale_of(op, scale, n);
   adapter.b_dtype = dtype_of(b, op, "lora_B");
   adapter.b = b.const_data_ptr();
   adapter.dropout = seed ? &dropout : nullptr;
@@ -304,14 +180,14 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
                                            rows_x.const_data_ptr(), static_cast<const float*>(rows_xa.const_data_ptr()),
                                            adapter, needs_da ? static_cast<float*>(da.mutable_data_ptr()) : nullptr,
                                            needs_db ? static_cast<float*>(db.mutable_data_ptr()) : nullptr,
-                                           parallel(m * (n + needs_da * k + needs_db * n) * rank));
+                                           parallel(m * (n * rank + needs_da * k * width + needs_db * n * rank)));
   return {g, da, db};
 }
 
 // dX of an NF4 base and an adapter whose g [M, R] the function above has computed.
 Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
                           std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size, Tensor g,
-                          Tensor lora_A, std::optional<int64_t> seed, double p) {
+                          Tensor lora_A, std::optional<int64_t> seed, double p, std::optional<Tensor> row_scale) {
   const char* op = "nf4_lora_linear_dx";
   check(lora_A.is_cpu() && lora_A.dim() == 2 && lora_A.size(1) == k, op, "lora_A", "[R, K] on the CPU");
   const int64_t rank = lora_A.size(0);
@@ -321,14 +197,66 @@ Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<
         "g", "float32 [M, R]");
   const Tensor a = dense(lora_A);
   const Dropout dropout = seed ? dropout_of(op, *seed, p) : Dropout{};
+  const std::optional<Tensor> scale = dense(row_scale);
   LowRankGradient adapter = {};
   adapter.rank = rank;
+  adapter.parts = {1, &n};  // dx has no parts: all of A adds to all of it
+  adapter.row_scale = row_scale_of(op, scale, n);
   adapter.a_dtype = dtype_of(a, op, "lora_A");
   adapter.a = a.const_data_ptr();
   adapter.dropout = seed ? &dropout : nullptr;
   adapter.g = static_cast<float*>(g.mutable_data_ptr());
   linear_dx(op, dense(dy), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
             &adapter, out);
+  return out;
+}
+
+// || W[n] + s B[n] A ||_2, float32 [N], of a dense base (absmax is not given) or an NF4 one.
+Tensor lora_weight_norm(Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                        std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size, Tensor lora_A,
+                        Tensor lora_B, double scaling, IntHeaderOnlyArrayRef splits) {
+  const char* op = "lora_weight_norm";
+  const Tensor a = dense(lora_A), b = dense(lora_B);
+  const std::vector<int64_t> ends = ends_of(op, splits, n);
+  const LowRank adapter = low_rank_of(op, a, b, k, scaling, ends);
+  Tensor values = weight;
+  const std::optional<Tensor> scales = dense(absmax), nested = dense(nested_absmax), offset = dense(nested_offset);
+  Weight nf4 = {};
+  Base base = {};
+  base.n = n, base.k = k;
+  if (scales) {
+    values = dense(weight);
+    nf4 = weight_of(op, values, *scales, nested, offset, block_size, n, k);
+    base.nf4 = &nf4;
+  } else {
+    check(weight.is_cpu() && weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k, op, "weight",
+          "[N, K] on the CPU");
+    base.transposed = weight.stride(1) != 1 && weight.stride(0) == 1;
+    if (!base.transposed && weight.stride(1) != 1) values = torch::stable::contiguous(weight);
+    base.stride = values.stride(base.transposed ? 1 : 0);
+    base.dtype = dtype_of(values, op, "weight");
+    base.dense = values.const_data_ptr();
+  }
+  Tensor out = torch::stable::new_empty(a, {n}, ScalarType::Float);
+  peftrt::cpu::kernels().lora_weight_norm(base, adapter, static_cast<float*>(out.mutable_data_ptr()),
+                                          parallel((4 + adapter.rank) * n * k));
+  return out;
+}
+
+// sum_m dy (y - bias) / row_scale, float32 [N].
+Tensor row_scale_gradient(Tensor dy, Tensor y, std::optional<Tensor> bias, Tensor row_scale) {
+  const char* op = "row_scale_gradient";
+  const Tensor rows_dy = dense(dy), rows_y = dense(y);
+  const Product product = check_product(op, "dy", rows_dy, rows_y);
+  const int64_t n = rows_dy.size(-1);
+  check(rows_y.size(-1) == n, op, "y", "of dy's shape");
+  const std::optional<Tensor> added = dense(bias), scale = dense(std::optional<Tensor>(row_scale));
+  check_bias(op, added, n, rows_dy);
+  Tensor out = torch::stable::new_empty(*scale, {n}, ScalarType::Float);
+  peftrt::cpu::kernels().row_scale_gradient(product.dtype, product.rows, n, rows_dy.const_data_ptr(),
+                                            rows_y.const_data_ptr(), added ? added->const_data_ptr() : nullptr,
+                                            row_scale_of(op, scale, n), static_cast<float*>(out.mutable_data_ptr()),
+                                            parallel(4 * product.rows * n));
   return out;
 }
 
@@ -345,14 +273,20 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
   m.def("nf4_linear.out(Tensor x, " PEFTRT_WEIGHT "int block_size, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("nf4_lora_linear(Tensor x, Tensor? dropped, " PEFTRT_WEIGHT
-        "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias) -> (Tensor, Tensor)");
+        "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? row_scale, "
+        "int[] splits=[]) -> (Tensor, Tensor)");
   m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
   m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def(
       "low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, float scaling, int? seed, float p, "
-      "bool needs_da, bool needs_db) -> (Tensor, Tensor, Tensor)");
+      "Tensor? row_scale, bool needs_da, bool needs_db, int[] splits=[]) -> (Tensor, Tensor, Tensor)");
   m.def("nf4_lora_linear_dx(Tensor dy, " PEFTRT_WEIGHT
-        "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p) -> Tensor");
+        "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p, Tensor? row_scale) -> "
+        "Tensor");
+  m.def(
+      "lora_weight_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, int n, int k, int "
+      "block_size, Tensor lora_A, Tensor lora_B, float scaling, int[] splits=[]) -> Tensor");
+  m.def("row_scale_gradient(Tensor dy, Tensor y, Tensor? bias, Tensor row_scale) -> Tensor");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
 }
@@ -368,6 +302,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_linear_dx.out", TORCH_BOX(&nf4_linear_dx_out));
   m.impl("low_rank_gradient", TORCH_BOX(&low_rank_gradient));
   m.impl("nf4_lora_linear_dx", TORCH_BOX(&nf4_lora_linear_dx));
+  m.impl("lora_weight_norm", TORCH_BOX(&lora_weight_norm));
+  m.impl("row_scale_gradient", TORCH_BOX(&row_scale_gradient));
   m.impl("dropout", TORCH_BOX(&dropout));
 }
 

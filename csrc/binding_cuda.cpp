@@ -118,13 +118,13 @@ struct Weight {
 };
 Weight weight_of(const Call& call, const Tensor& codes, const Tensor& absmax,
                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset,
-                 int64_t block_size, int64_t numel) {
+                 int64_t block_size, int64_t numel, size_t alignment = 1) {
   const int shift = shift_of(block_size, call.op());
   check(nested_absmax.has_value() == nested_offset.has_value(), call.op(), "nested_offset",
         "given exactly when nested_absmax is");
   const int64_t blocks = (numel + block_size - 1) / block_size;
   Weight weight = {};
-  weight.kept.push_back(call.bytes(codes, (numel + 1) / 2, "codes"));
+  weight.kept.push_back(call.bytes(codes, (numel + 1) / 2, "codes", alignment));
   weight.kept.push_back(call.bytes(absmax, nested_absmax ? blocks : 4 * blocks, "absmax", nested_absmax ? 1 : 4));
   if (nested_absmax) {
     const int64_t runs = (blocks + peftrt::kNestedBlock - 1) / peftrt::kNestedBlock;
@@ -192,9 +192,13 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> n
   linear.m = 1, linear.n = n, linear.k = k;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) linear.m *= sizes[size_t(i)] = x.size(i);
   check(linear.dtype != Dtype::kFloat32, call.op(), "x", "bfloat16 or float16");
-  check(linear.m <= peftrt::cuda::kMaxRows, call.op(), "x", "of at most 64 rows");
+  int64_t most = 0;
+  check_launch(peftrt::cuda::nf4_linear_rows(&most), call.op());
+  STD_TORCH_CHECK(linear.m <= most, "peftrt_cuda::nf4_linear: x must be of at most ", most, " rows, got ", linear.m);
   const Tensor rows = call.dense(x, "x", 16);
-  const Weight weight = weight_of(call, codes, absmax, nested_absmax, nested_offset, block_size, n * k);
+  // Codes that lie crookedly are copied: that takes less time than the kernel for them, and keeps the bits.
+  const Weight weight =
+      weight_of(call, codes, absmax, nested_absmax, nested_offset, block_size, n * k, k % 32 == 0 ? 16 : 1);
   std::optional<Tensor> added;
   if (bias) {
     check(bias->dim() == 1 && bias->numel() == n && bias->scalar_type() == x.scalar_type(), call.op(), "bias",
@@ -215,6 +219,14 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> n
   return y;
 }
 
+// How many rows of x nf4_linear takes on a device.
+int64_t nf4_linear_rows(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  int64_t rows = 0;
+  check_launch(peftrt::cuda::nf4_linear_rows(&rows), "nf4_linear_rows");
+  return rows;
+}
+
 std::string sm() { return PEFTRT_CUDA_ARCHS; }
 
 }  // namespace
@@ -226,6 +238,7 @@ STABLE_TORCH_LIBRARY(peftrt_cuda, m) {
   m.def("nf4_quantize(Tensor weight, int block_size, Tensor(a!) codes, Tensor(b!) absmax) -> ()");
   m.def("nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor(a!) codes, Tensor(b!) nested_absmax) -> ()");
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
+  m.def("nf4_linear_rows(int device) -> int");
   m.def("sm() -> str");
 }
 
@@ -236,4 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cuda, CUDA, m) {
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peftrt_cuda, CompositeExplicitAutograd, m) { m.impl("sm", TORCH_BOX(&sm)); }
+STABLE_TORCH_LIBRARY_IMPL(peftrt_cuda, CompositeExplicitAutograd, m) {
+  m.impl("nf4_linear_rows", TORCH_BOX(&nf4_linear_rows));
+  m.impl("sm", TORCH_BOX(&sm));
+}

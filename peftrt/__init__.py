@@ -7,7 +7,7 @@ from pathlib import Path
 if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from peftrt import nn, ops
+from peftrt import nn, ops, optim
 from peftrt.adapters import (
     AdaptReport,
     LoraConfig,
@@ -17,6 +17,7 @@ from peftrt.adapters import (
     empty_weights,
     explain,
     export,
+    fuse,
     load,
     merge,
     remove,
@@ -26,13 +27,14 @@ from peftrt.adapters import (
     unmerge,
 )
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend, release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptReport",
     "BackendError",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "NF4Linear",
@@ -45,10 +47,12 @@ __all__ = [
     "empty_weights",
     "explain",
     "export",
+    "fuse",
     "load",
     "merge",
     "nn",
     "ops",
+    "optim",
     "release_scratch",
     "remove",
     "rows",

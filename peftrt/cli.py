@@ -137,6 +137,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add(training, "--batch-size", "examples a batch", type=_count, metavar="N")
     add(training, "--grad-accum", "batches a step", type=_count, metavar="N")
     add(training, "--weight-decay", "AdamW's weight decay", type=_not_negative, metavar="X")
+    add(training, "--loraplus-ratio", "LoRA+: B learns this many times as fast as A", type=_positive, metavar="X")
     add(training, "--max-grad-norm", "clip gradients to this norm; 0 for never", type=_not_negative, metavar="X")
     add(training, "--gradient-checkpointing", "compute activations twice to save memory", action="store_true")
     add(training, "--seed", "of everything random", type=_seed, metavar="N")

@@ -156,6 +156,7 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "dtype": dtype,
         "double_quant": True,
         "bias": None,
+        "splits": [],
         **dict.fromkeys(("needs_dx", "needs_dA", "needs_dB"), True),
         "seed": one.long(),
         **dict.fromkeys(("dropout_p", "p"), 0.5),

@@ -19,7 +19,15 @@ CSRC = _build.find_csrc()
 NVCC = _build.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None or CSRC is None, reason="nvcc or the sources are not here")
 REGISTERS = 65536  # of a multiprocessor
-THREADS = {"linear_kernel": 512, "linear_any": 1024, "dequantize": 1024, "quantize": 1024, "quantize_scales": 1024}
+THREADS = {
+    "linear_kernel": 512,
+    "linear_any": 1024,
+    "wide_kernel": 384,
+    "dequantize": 1024,
+    "quantize": 1024,
+    "quantize_scales": 1024,
+}
+PRODUCERS = 128  # of a block of wide_kernel, which gives its registers to the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,12 @@ class Kernel:
     @property
     def family(self) -> str:
         return next(name for name in sorted(THREADS, key=len, reverse=True) if f"{len(name)}{name}" in self.name)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        few_tokens = self.family == "wide_kernel" and "Li64ELi" in self.name
+        return 512 if few_tokens else THREADS[self.family]
 
     def number(self, pattern: str) -> int:
         found = re.search(pattern, self.report)
@@ -69,8 +83,8 @@ def machine_code(cubin: Path) -> dict[str, list[sass.Line]]:
     return {name: sass.parse(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def linear(kernels: list[Kernel]) -> list[Kernel]:
-    found = [kernel for kernel in kernels if kernel.family == "linear_kernel"]
+def linear(kernels: list[Kernel], family: str = "linear_kernel") -> list[Kernel]:
+    found = [kernel for kernel in kernels if kernel.family == family]
     if not all(kernel.code for kernel in found):
         pytest.skip("the disassembler does not read this compiler's code")
     return found
@@ -81,7 +95,7 @@ def test_nothing_is_spilt_and_registers_fit(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         assert kernel.number(r"(\d+) bytes spill stores") == 0, kernel.report
         assert kernel.number(r"(\d+) bytes stack frame") == 0, kernel.report
-        assert kernel.number(r"Used (\d+) registers") * THREADS[kernel.family] <= REGISTERS, kernel.report
+        assert kernel.number(r"Used (\d+) registers") * kernel.threads <= REGISTERS, kernel.report
 
 
 def test_products_are_tensor_cores_and_copies_are_16_bytes(kernels: list[Kernel]) -> None:
@@ -101,13 +115,97 @@ def test_a_look_up_is_two_instructions_and_nothing_branches(kernels: list[Kernel
         block = next(block for block in basic_blocks(kernel.code) if any(text.startswith("HMMA") for text in block))
         # a lane looks 16 bytes up for 32 columns of 32 rows, and does so twice where the loop is unrolled
         permutations = sum(text.startswith("PRMT") for text in block)
-        assert permutations in (16, 32), kernel.name
         look_ups = [text for text in block if re.match(r"LDS R\d+, \[R\d+\+0x400\]", text)]
-        assert len(look_ups) == permutations, kernel.name
         few_rows = sum(text.startswith("HMMA") for text in block) == 8
         if few_rows:
-            # beside an address and a look-up, for every two weights, what is left is for 8 rows of x at most as much
-            assert len(block) <= 4 * permutations, (kernel.name, len(block))
+            # one word of four without: 16 permutations for 8 codes. Beside them and the look-ups there is little.
+            assert (len(look_ups), permutations) == (24, 24 + 2 * 16), kernel.name
+            assert len(block) <= 3 * permutations, (kernel.name, len(block))
+        else:
+            assert len(look_ups) == permutations, kernel.name
+            assert permutations in (16, 32), kernel.name
+
+
+def test_products_of_many_rows_are_wgmma_from_registers(kernels: list[Kernel]) -> None:
+    # both dtypes, tiles of 64 and 128 rows of x, scales by 32 and by 64 columns
+    assert len(linear(kernels, "wide_kernel")) == 2 * 2 * 2
+    for kernel in linear(kernels, "wide_kernel"):
+        tokens = 64 if kernel.threads == 512 else 128
+        products = [text for kind, text in kernel.code if kind == "instruction" and text.startswith("HGMMA")]
+        assert len(products) == 8, kernel.name  # 128 columns, 16 at a time
+        for text in products:
+            assert re.match(rf"HGMMA\.64x{tokens}x16\.F32(\.BF16)? R\d+, R\d+, gdesc\[UR\d+\]", text), text
+        # a group for each unit of columns that have one scale
+        assert sum("gsb0" in text for text in products) == (2 if "ELi64EEE" in kernel.name else 4), kernel.name
+        copies = [text for kind, text in kernel.code if kind == "instruction" and text.startswith("LDGSTS")]
+        assert copies, kernel.name
+        assert all("128" in text.split()[0] for text in copies), copies
+
+
+def test_no_wgmma_is_serialised_nor_overtaken(kernels: list[Kernel]) -> None:
+    """ptxas says so where it waits after each; registers that one in flight reads are not written."""
+    for kernel in linear(kernels, "wide_kernel"):
+        assert "C75" not in kernel.report, kernel.report
+        assert sass.races(kernel.code) == [], kernel.name
+        assert unprepared(kernel.code) == [], kernel.name
+
+
+def unprepared(code: list[sass.Line]) -> list[str]:
+    """Instructions that write a register between the preparation of a group of products and the one that reads it."""
+    found = []
+    for i, (_, text) in enumerate(code):
+        operand = re.match(r"HGMMA\S*\s+R\d+,\s*R(\d+)", text)
+        if operand is None:
+            continue
+        reads = set(range(int(operand[1]), int(operand[1]) + 4))
+        prepared = max(j for j in range(i) if code[j][1].startswith("WARPGROUP.ARRIVE"))
+        between = [line for kind, line in code[prepared:i] if kind == "instruction" and not line.startswith("HGMMA")]
+        found += [line for line in between if sass.written(line) & reads]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("between", "found"), [("LDS R12, [R1]", 0), ("LDS R9, [R1]", 1), ("LDS.128 R4, [R1]", 0), ("MOV R8, R1", 1)]
+)
+def test_what_is_written_too_late_is_found(between: str, found: int) -> None:
+    product = "HGMMA.64x64x16.F32 R24, R8, gdesc[UR4], R24, gsb0"
+    texts = ["MOV R8, R2", "WARPGROUP.ARRIVE", between, product]
+    assert len(unprepared([("instruction", text) for text in texts])) == found
+
+
+def test_registers_change_hands_within_what_there_is(kernels: list[Kernel]) -> None:
+    for kernel in linear(kernels, "wide_kernel"):
+        listing = "\n".join(text for _, text in kernel.code)
+        taken = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \w+, 0x([0-9a-f]+)", listing)
+        left = re.findall(r"USETMAXREG\.DEALLOC\S* 0x([0-9a-f]+)", listing)
+        assert (len(taken), len(left)) == (1, 1), kernel.name
+        needed = int(taken[0], 16) * (kernel.threads - PRODUCERS) + int(left[0], 16) * PRODUCERS
+        assert needed <= kernel.number(r"Used (\d+) registers") * kernel.threads <= REGISTERS, kernel.name
+        assert max(int(number) for number in re.findall(r"\bR(\d+)\b", listing)) < int(taken[0], 16), kernel.name
+
+
+def test_a_step_of_many_rows_is_little_more_than_look_ups_and_sums(kernels: list[Kernel]) -> None:
+    """Of a warp, for 16 rows and 128 columns: 32 look-ups of two instructions, and a sum's scaling for each unit."""
+    for kernel in linear(kernels, "wide_kernel"):
+        step = main_loop(kernel.code)
+        assert sum(bool(re.match(r"LDS R\d+, \[R\d+\+0x400\]", text)) for text in step) == 32, kernel.name
+        scaled = (32 if kernel.threads == 512 else 64) * (2 if "ELi64EEE" in kernel.name else 4)
+        assert sum(text.startswith("FFMA") for text in step) == scaled, kernel.name
+        # the rest: codes and scales in, eight products and their operands' addresses, waiting, where the step lies
+        assert len(step) <= scaled + 2 * 32 + 150, (kernel.name, len(step))
+
+
+def main_loop(code: list[sass.Line]) -> list[str]:
+    """What is between the first product's preparation and the last sum's scaling."""
+    texts = [text for kind, text in code if kind == "instruction"]
+    first = next(i for i, text in enumerate(texts) if text.startswith("WARPGROUP.ARRIVE"))
+    products = [i for i, text in enumerate(texts) if text.startswith("HGMMA")]
+    last = next(i for i, text in enumerate(texts) if i > products[-1] and text.startswith("WARPGROUP.DEPBAR"))
+    while True:
+        ahead = next((i for i in range(last + 1, last + 40) if texts[i].startswith("FFMA")), None)
+        if ahead is None:
+            return texts[first : last + 1]
+        last = ahead
 
 
 def basic_blocks(code: list[sass.Line]) -> list[list[str]]:

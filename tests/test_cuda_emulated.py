@@ -31,7 +31,7 @@ def build_emulated(directory: Path, csrc: Path, flags: tuple[str, ...]) -> Path:
         pytest.skip(f"no C++ compiler, or one without {' '.join(flags)}")
     includes = [f"-I{path}" for path in (EMULATOR, NATIVE, csrc)]
     common = [*compiler, "-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-Wno-unknown-pragmas", *includes, *flags]
-    sources = [EMULATOR / "emulator.cpp", NATIVE / "fuzz_cuda.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    sources = [*sorted(EMULATOR.glob("*.cpp")), NATIVE / "fuzz_cuda.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
     units = [(source.stem, source, ("-x", "c++")) for source in sources]
     units += [(f"cpu_{unit.name}", unit.source, unit.flags) for unit in _build.kernel_units(csrc, machine="other")]
     jobs = [[*common, *extra, "-c", str(source), "-o", str(directory / f"{name}.o")] for name, source, extra in units]

@@ -50,7 +50,7 @@ class Walk:
             self.base = self.quantised(weight)
             self.layer = QLoRALinear.from_linear(linear, r=None, block_size=self.block, double_quant=self.nested)
         self.merged: Tensor | None = None
-        self.adapters: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.adapters: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}
         self.active: dict[str, float] = {}
         self.say(
             f"{type(self.layer).__name__} {n}x{k}, block {self.block}, nested {self.nested}, {type(linear).__name__}"
@@ -65,8 +65,11 @@ class Walk:
     def delta(self, weights: dict[str, float]) -> Tensor:
         total = torch.zeros_like(self.base)
         for name, share in weights.items():
-            lora_A, lora_B, scaling = self.adapters[name]
+            lora_A, lora_B, scaling, magnitude = self.adapters[name]
             total = total + share * scaling * (lora_B @ lora_A)
+            if magnitude is not None:  # and so alone
+                rows = self.base + total
+                total = rows * (magnitude / rows.norm(dim=1)).unsqueeze(1) - self.base
         return total
 
     def add(self) -> None:
@@ -74,10 +77,19 @@ class Walk:
         if name in self.adapters:
             return self.remove(name)
         r, alpha, rs = self.draw.randint(1, 9), self.draw.choice((1, 8, 0.5)), self.draw.random() < 0.3
-        a = self.layer.add_adapter(name, r=r, lora_alpha=alpha, use_rslora=rs, init=False)
-        scaling = alpha / (r**0.5 if rs else r)
-        self.adapters[name] = (a.lora_A.detach().double().clone(), a.lora_B.detach().double().clone(), scaling)
-        self.say(f"add {name}, r {r}, alpha {alpha}, rslora {rs}")
+        dora = self.merged is None and self.draw.random() < 0.3
+        a = self.layer.add_adapter(name, r=r, lora_alpha=alpha, use_rslora=rs, use_dora=dora, init=False)
+        if dora:
+            with torch.no_grad():
+                a.magnitude.mul_(0.5 + randn(len(a.magnitude), seed=r).abs())
+        self.adapters[name] = self.values(name, alpha / (r**0.5 if rs else r))
+        self.say(f"add {name}, r {r}, alpha {alpha}, rslora {rs}, dora {dora}")
+
+    def values(self, name: str, scaling: float) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """The adapter's tensors as they are now, in fp64."""
+        a = self.layer.adapter(name)
+        A, B, *magnitude = (parameter.detach().double().clone() for parameter in a.parameters)
+        return A, B, scaling, magnitude[0] if magnitude else None
 
     def remove(self, name: str) -> None:
         if self.merged is None:
@@ -90,6 +102,9 @@ class Walk:
         if self.merged is None:
             names = self.draw.sample(sorted(self.adapters), self.draw.randint(0, len(self.adapters)))
             self.active = {name: self.draw.choice((1.0, 0.5, -2.0)) for name in names}
+            alone = [name for name in names if self.adapters[name][3] is not None]
+            if alone:
+                self.active = {alone[0]: 1.0}
             self.layer.set_active(self.active)
             self.say(f"set_active {self.active}")
 
@@ -120,20 +135,26 @@ class Walk:
         with torch.no_grad():
             for name in self.active:
                 own = self.layer.adapter(name)
-                for parameter, want, square in zip((own.lora_A, own.lora_B), grads[name], squares[name], strict=True):
+                for parameter, want, square in zip(own.parameters, grads[name], squares[name], strict=True):
                     assert_close(parameter.grad, want, intermediate=_size(square.sqrt()))
                     parameter -= 0.01 * parameter.grad
-                self.adapters[name] = (own.lora_A.double(), own.lora_B.double(), self.adapters[name][2])
+                self.adapters[name] = self.values(name, self.adapters[name][2])
         self.say("train")
 
     def gradients(self, x: Tensor, power: int) -> dict[str, list[Tensor]]:
         """Of the sum of the output, by adapter; with ``power`` 2 the squares of the terms that they are sums of."""
         found = {}
         for name, share in self.active.items():
-            lora_A, lora_B, scaling = self.adapters[name]
+            lora_A, lora_B, scaling, magnitude = self.adapters[name]
             A, B = (t.pow(power).requires_grad_() for t in (lora_A, lora_B))
             y = (share * scaling) ** power * (x.double().pow(power) @ A.t() @ B.t())
-            found[name] = list(torch.autograd.grad(y.sum(), (A, B)))
+            leaves = [A, B]
+            if magnitude is not None:
+                m = magnitude.pow(power).requires_grad_()
+                norm = (self.base + scaling * (lora_B @ lora_A)).norm(dim=1).pow(power)
+                y = (y + x.double().pow(power) @ self.base.pow(power).t()) * (m / norm)
+                leaves.append(m)
+            found[name] = list(torch.autograd.grad(y.sum(), leaves))
         return found
 
     def copy(self) -> None:
@@ -167,7 +188,8 @@ class Walk:
         y = self.layer(x)
         assert y.shape == (*lead, n)
         assert_close(y, expected, roundings=4, intermediate=self.size(x, weight))
-        assert_same_bits(self.layer(x), y)
+        with torch.set_grad_enabled(self.draw.random() < 0.5):
+            assert_same_bits(self.layer(x), y)
         if _native.load() is None:
             with peftrt.backend("reference"):
                 assert_close(self.layer(x), expected, roundings=4, intermediate=self.size(x, weight))
@@ -176,7 +198,8 @@ class Walk:
             self.check_rows(x)
 
     def check_rows(self, x: Tensor) -> None:
-        names = [self.draw.choice((*self.adapters, None, "unknown")) for _ in range(x.shape[0])]
+        lora = [name for name, values in self.adapters.items() if values[3] is None]
+        names = [self.draw.choice((*lora, None, "unknown")) for _ in range(x.shape[0])]
         with routed(self.layer.owner, names):
             y = self.layer(x)
         for entry, name in enumerate(names):

@@ -49,9 +49,11 @@ OP_HELPERS = {
     "_weight",
     "_seed",
     "_native",
+    "_dora",
     "_triton",
     "_paths",
     "_panels",
+    "_lora_triton",
     "_scratch",
 }
 

@@ -313,6 +313,48 @@ def test_a_bad_weight_is_refused(message: str, changes: dict) -> None:
     assert not out.any()
 
 
+NORM = {"weight": Weight(6, 128).args[:4], "n": 6, "k": 128, "block": 64}
+NORM |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3)}
+DENSE = (torch.zeros(6, 128), None, None, None)
+GRADIENT = {"dy": torch.zeros(2, 6), "y": torch.zeros(2, 6), "bias": None, "row_scale": torch.ones(6)}
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("codes must have", {"n": 7, "B": torch.zeros(7, 3)}),
+        ("codes must be uint8", {"weight": (torch.zeros(384), *NORM["weight"][1:])}),
+        ("lora_A must be", {"k": 64}),
+        ("lora_A must be float32", {"A": torch.zeros(3, 128).double()}),
+        ("lora_B must be", {"B": torch.zeros(6, 4)}),
+        ("weight must be", {"weight": DENSE, "n": 5, "B": torch.zeros(5, 3)}),
+        ("weight must be", {"weight": (torch.zeros(768), None, None, None)}),
+        ("weight must be float32", {"weight": (torch.zeros(6, 128).double(), None, None, None)}),
+    ],
+)
+def test_bad_norms_are_refused(message: str, change: dict) -> None:
+    good = NORM | change
+    with pytest.raises(RuntimeError, match=f"lora_weight_norm: {message}"):
+        cpu.lora_weight_norm(*good["weight"], good["n"], good["k"], good["block"], good["A"], good["B"], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("out must be", {"y": torch.zeros(3, 6)}),
+        ("y must be", {"y": torch.zeros(2, 7)}),
+        ("out must be", {"y": torch.zeros(2, 6).half()}),
+        ("bias must be", {"bias": torch.zeros(5)}),
+        ("row_scale must be", {"row_scale": torch.ones(5)}),
+        ("row_scale must be", {"row_scale": torch.ones(6).half()}),
+    ],
+)
+def test_bad_gradients_of_a_row_scale_are_refused(message: str, change: dict) -> None:
+    good = GRADIENT | change
+    with pytest.raises(RuntimeError, match=f"row_scale_gradient: {message}"):
+        cpu.row_scale_gradient(good["dy"], good["y"], good["bias"], good["row_scale"])
+
+
 def test_bad_activations_are_refused() -> None:
     args = Weight(6, 128).args
     x, out = torch.zeros(2, 128), torch.zeros(2, 6)
@@ -351,13 +393,26 @@ def test_bad_activations_are_refused() -> None:
         ("lora_B must be", {"B": torch.zeros(3, 6)}),
         ("lora_B must be float32", {"B": torch.zeros(6, 3).double()}),
         ("bias must be", {"bias": torch.zeros(5)}),
+        ("row_scale must be", {"row_scale": torch.zeros(5)}),
+        ("row_scale must be", {"row_scale": torch.zeros(6).half()}),
+        ("row_scale must be", {"row_scale": torch.zeros(6, 1)}),
         ("codes must have", {"block": 64, "weight": Weight(7, 128).args[:4]}),
     ],
 )
 def test_a_bad_adapter_is_refused(message: str, change: dict) -> None:
     good = {"x": torch.zeros(2, 128), "dropped": None, "weight": Weight(6, 128).args[:4], "block": 64}
-    good |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3), "bias": None} | change
+    good |= {"A": torch.zeros(3, 128), "B": torch.zeros(6, 3), "bias": None, "row_scale": None} | change
     with pytest.raises(RuntimeError, match=f"nf4_lora_linear: {message}"):
         cpu.nf4_lora_linear(
-            good["x"], good["dropped"], *good["weight"], 6, 128, good["block"], good["A"], good["B"], 0.5, good["bias"]
+            good["x"],
+            good["dropped"],
+            *good["weight"],
+            6,
+            128,
+            good["block"],
+            good["A"],
+            good["B"],
+            0.5,
+            good["bias"],
+            good["row_scale"],
         )

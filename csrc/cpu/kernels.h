@@ -21,15 +21,45 @@ struct Weight {
   int block_size;  // a power of two, at least 32
 };
 
-// An adapter of a linear map, which adds scaling * xa B^T with xa = x A^T. A and B are in their own dtype.
+// A base weight [n, k] of either kind, for what reads its rows in fp32.
+struct Base {
+  const Weight* nf4;  // null: dense
+  Dtype dtype;
+  const void* dense;
+  int64_t n, k;
+  int64_t stride;   // of a dense one: elements from row to row, or from column to column where it is transposed
+  bool transposed;  // columns lie together, as Conv1D stores them
+};
+
+// Linear maps of one x that stand one below the other in W, such as q, k and v, each with an A of its own: the outputs
+// of part p are those before end[p], from the end of the part before it on.
+struct Parts {
+  int count;
+  const int64_t* end;  // [count], the last one is n
+
+  int of(int64_t output) const {
+    int part = 0;
+    while (output >= end[part]) ++part;
+    return part;
+  }
+  int64_t begin(int part) const { return part == 0 ? 0 : end[part - 1]; }
+  int64_t size(int part) const { return end[part] - begin(part); }
+};
+
+// An adapter of a linear map, which adds scaling * xa B^T with xa = x A^T: outputs of part p, the columns of xa from p
+// * rank on. A and B are in their own dtype.
 struct LowRank {
-  int64_t rank;
+  int64_t rank;  // of a part
+  Parts parts;
   Dtype a_dtype, b_dtype;
-  const void* a;         // [rank, k]
+  const void* a;         // [width, k]
   const void* b;         // [n, rank]
   const float* dropped;  // [m, k], what it sees of x after dropout; null: x itself
   float scaling;
-  float* xa;  // [m, rank], written
+  const float* row_scale;  // [n], what base and adapter together are multiplied with, before the bias; null: nothing
+  float* xa;               // [m, width], written
+
+  int64_t width() const { return parts.count * rank; }
 };
 
 // Which elements are zeroed, and what the others are divided by; dropout.h.
@@ -42,13 +72,17 @@ struct Dropout {
 // The way back through an adapter: dA = g^T drop(x), dB = scaling * dy^T xa, and drop'(g A) in dx, with
 // g = scaling * dy B.
 struct LowRankGradient {
-  int64_t rank;
+  int64_t rank;  // of a part
+  Parts parts;
   Dtype a_dtype, b_dtype;
-  const void* a;           // [rank, k]
+  const void* a;           // [width, k]
   const void* b;           // [n, rank]
   const Dropout* dropout;  // of the adapter's x; null: none
   float scaling;
-  float* g;  // [m, rank]: low_rank_gradient writes it, nf4_linear_dx reads it
+  const float* row_scale;  // [n], what dy is multiplied with wherever it is read; null: nothing
+  float* g;                // [m, width]: low_rank_gradient writes it, nf4_linear_dx reads it
+
+  int64_t width() const { return parts.count * rank; }
 };
 
 // How a kernel spreads over threads: run(tasks, body, context) calls body(begin, end, context) over [0, tasks) in
@@ -71,19 +105,25 @@ struct Kernels {
   // the fp32 bytes of the largest difference in every 256
   void (*nf4_quantize_scales)(int64_t blocks, const uint8_t* absmax, float offset, uint8_t* codes,
                               uint8_t* nested_absmax, const Parallel& parallel);
-  // out[m, n] = sum_k x[m, k] * W[n, k] + bias[n] + scaling * sum_r xa[m, r] * B[n, r]; W rounded to dtype, sums in
-  // fp32, one rounding at the end; bias and adapter may be null
+  // out[m, n] = row_scale[n] * (sum_k x[m, k] * W[n, k] + scaling * sum_r xa[m, r] * B[n, r]) + bias[n], the
+  // columns r of n's part; W rounded to
+  // dtype, sums in fp32, one rounding at the end; bias and adapter may be null
   void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, const LowRank* adapter,
                      void* out, const Parallel& parallel);
-  // out[m, k] = sum_n dy[m, n] * W[n, k] + drop'(sum_r g[m, r] * A[r, k]); W rounded to dtype, sums in fp32, one
-  // rounding at the end; the adapter may be null
+  // out[m, k] = sum_n row_scale[n] * dy[m, n] * W[n, k] + drop'(sum_r g[m, r] * A[r, k]); W rounded to dtype, sums in
+  // fp32, one rounding at the end; the adapter may be null
   void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, const LowRankGradient* adapter,
                         void* out, const Parallel& parallel);
-  // g, dA [rank, k] and dB [n, rank] of an adapter over any base, summed in fp32, from dy [m, n] and x [m, k] of dtype
-  // and xa [m, rank]; da and db may be null
+  // g, dA [width, k] and dB [n, rank] of an adapter over any base, summed in fp32, from dy [m, n] and x [m, k] of dtype
+  // and xa [m, width]; da and db may be null
   void (*low_rank_gradient)(Dtype dtype, int64_t m, int64_t n, int64_t k, const void* dy, const void* x,
                             const float* xa, const LowRankGradient& adapter, float* da, float* db,
                             const Parallel& parallel);
+  // out[n] = || W[n] + scaling * sum_r B[n, r] * A[r] ||_2, W in fp32, squares summed in fp32
+  void (*lora_weight_norm)(const Base& base, const LowRank& adapter, float* out, const Parallel& parallel);
+  // out[n] = sum_m dy[m, n] * (y[m, n] - bias[n]) / row_scale[n], 0 where row_scale[n] is; the bias may be null
+  void (*row_scale_gradient)(Dtype dtype, int64_t m, int64_t n, const void* dy, const void* y, const void* bias,
+                             const float* row_scale, float* out, const Parallel& parallel);
   // out[j] = x[j] / keep_share where the word hashed from seed and j is >= threshold, else 0
   void (*dropout)(Dtype dtype, int64_t numel, const Dropout& dropout, const void* x, void* out,
                   const Parallel& parallel);

@@ -34,13 +34,15 @@ inline Block block_for(int64_t m, int64_t piece) {
   return {kBlock / columns, min64(piece, columns)};  // the order of a sum goes by the depth: not by the threads
 }
 
-// dy[rows, N] -> packed[slice][row][depth] as floats; a tile is kRows neighbouring rows.
+// dy[rows, N] -> packed[slice][row][depth] as floats, times the row scale; a tile is kRows neighbouring rows.
 template <class T>
-void pack_dy(int64_t n, int64_t rows, int64_t depth, const T* dy, float* packed, const Parallel& parallel) {
+void pack_dy(int64_t n, int64_t rows, int64_t depth, const T* dy, const float* row_scale, float* packed,
+             const Parallel& parallel) {
   for_ranges(parallel, ceil_div(n, depth) * rows, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task / rows, row = task % rows, n0 = slice * depth;
       to_floats(dy + row * n + n0, min64(depth, n - n0), packed + task * depth);
+      if (row_scale != nullptr) scale_floats(row_scale + n0, min64(depth, n - n0), packed + task * depth);
     }
   });
 }
@@ -110,15 +112,15 @@ inline void add_adapter_to_columns(const LowRankGradient& adapter, int64_t first
   float* sums = drops ? apart.get() : acc;
   for (int64_t k = k0; k < k1; k += block.columns) {
     const int64_t width = min64(block.columns, k1 - k);
-    for (int64_t r = 0; r < adapter.rank; r += block.depth) {
-      const int64_t depth = min64(block.depth, adapter.rank - r);
+    for (int64_t r = 0; r < adapter.width(); r += block.depth) {
+      const int64_t depth = min64(block.depth, adapter.width() - r);
       alignas(sizeof(F)) float line[kMaxColumns] = {};
       for (int64_t p = 0; p < depth; ++p) {
         read_floats(adapter.a_dtype, adapter.a, (r + p) * columns + k, width, line);
         for (int64_t column = 0; column < width; column += kPanel)
           std::memcpy(panels + column / kPanel * block.stride() + p * kPanel, line + column, kPanel * sizeof(float));
       }
-      multiply_panels(m, depth, g + r, adapter.rank, panels, block.stride(), width, sums + (k - k0), ld,
+      multiply_panels(m, depth, g + r, adapter.width(), panels, block.stride(), width, sums + (k - k0), ld,
                       !drops || r > 0, [](int64_t) {});
     }
   }
@@ -161,11 +163,12 @@ void dx_panels(const Weight& w, int64_t m, const T* dy, const LowRankGradient* a
   const int64_t piece = max64(w.k / (2 * parallel.threads) / kGroup, 1) * kGroup;
   const Block block = block_for(m, piece);
   const int64_t most = ceil_div(ceil_div(m, ceil_div(m, kMaxRowsOfDy)), kRows) * kRows;
-  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
+  const int64_t rank = adapter == nullptr ? 0 : adapter->width();
+  const float* row_scale = adapter == nullptr ? nullptr : adapter->row_scale;
   Scratch<float> packed(min64(m, most) * ceil_div(w.n, block.depth) * block.depth), g(min64(m, most) * rank);
   for (int64_t first = 0; first < m; first += most) {
     const int64_t rows = min64(most, m - first);
-    pack_dy(w.n, rows, block.depth, dy + first * w.n, packed.get(), parallel);
+    pack_dy(w.n, rows, block.depth, dy + first * w.n, row_scale, packed.get(), parallel);
     if (rank > 0) std::memcpy(g.get(), adapter->g + first * rank, size_t(rows * rank) * sizeof(float));
     for_ranges(parallel, ceil_div(w.k, piece), [&](int64_t begin, int64_t end) {
       Scales decoder(w);

@@ -55,7 +55,8 @@ void add_rows(const uint8_t* codes, int64_t row_bytes, const float* units, int64
 // partial[g][m][64], in the order that lookup64 yields codes in: the rows [n0, n1) of W times their factors. A slice of
 // it is summed at a time, in L1; a chain of additions is no longer than kChain, for accuracy.
 template <class T, int M>
-void add_chunk(const Weight& w, int64_t n0, int64_t n1, const T* dy, Scales& decoder, float* partial) {
+void add_chunk(const Weight& w, int64_t n0, int64_t n1, const T* dy, const float* row_scale, Scales& decoder,
+               float* partial) {
   constexpr int64_t kSlice = 4096 / M / kGroup;  // groups: 16 KB of sums
   const int64_t groups = w.k / kGroup, row_bytes = w.k / 2;
   const auto add_one = w.block_size == 32 ? add_rows<T, M, 1, true> : add_rows<T, M, 1, false>;
@@ -73,7 +74,8 @@ void add_chunk(const Weight& w, int64_t n0, int64_t n1, const T* dy, Scales& dec
         const int64_t rows = n + kTogether <= stop ? kTogether : 1;
         for (int64_t r = 0; r < rows; ++r) {
           decoder.decode(((n + r) * groups + first) * 2, count * 2, units[r]);
-          for (int m = 0; m < M; ++m) factors[r * M + m] = load_one(dy + m * w.n + n + r);
+          const float scale = row_scale == nullptr ? 1.0f : load_one(row_scale + n + r);
+          for (int m = 0; m < M; ++m) factors[r * M + m] = scale * load_one(dy + m * w.n + n + r);
         }
         const int64_t ahead = n + 2 * rows <= w.n ? rows * row_bytes : 0;
         const uint8_t* codes = w.codes + (n * groups + first) * (kGroup / 2);
@@ -88,9 +90,9 @@ void add_chunk(const Weight& w, int64_t n0, int64_t n1, const T* dy, Scales& dec
 // dx[kGroup] += what the adapter adds to columns [k, k + kGroup) of one row.
 inline void add_adapter_to_group(const LowRankGradient& adapter, int64_t row, int64_t columns, int64_t k, float* dx) {
   alignas(sizeof(F)) float line[kGroup] = {}, sums[kGroup] = {};
-  for (int64_t r = 0; r < adapter.rank; ++r) {
+  for (int64_t r = 0; r < adapter.width(); ++r) {
     read_floats(adapter.a_dtype, adapter.a, r * columns + k, kGroup, line);
-    const F factor = set1(load_one(adapter.g + row * adapter.rank + r));
+    const F factor = set1(load_one(adapter.g + row * adapter.width() + r));
     for (int64_t i = 0; i < kGroup; i += kLanes) storeu(sums + i, fma(factor, loadu(line + i), loadu(sums + i)));
   }
   if (adapter.dropout != nullptr) drop(*adapter.dropout, row * columns + k, kGroup, sums);
@@ -104,11 +106,13 @@ template <class T, int M>
 void dx_rows(const Weight& w, const T* dy, const LowRankGradient* adapter, T* out, const Parallel& parallel) {
   const int64_t groups = w.k / kGroup, width = M * w.k;
   const int64_t rows = ceil_div(ceil_div(w.n, kMaxChunks), kChain) * kChain, chunks = ceil_div(w.n, rows);
+  const float* row_scale = adapter == nullptr ? nullptr : adapter->row_scale;
   Scratch<float> partial(chunks * width);
   for_ranges(parallel, chunks, [&](int64_t begin, int64_t end) {
     Scales decoder(w);
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      add_chunk<T, M>(w, chunk * rows, min64(chunk * rows + rows, w.n), dy, decoder, partial.get() + chunk * width);
+      add_chunk<T, M>(w, chunk * rows, min64(chunk * rows + rows, w.n), dy, row_scale, decoder,
+                      partial.get() + chunk * width);
   });
   for_ranges(parallel, groups, [&](int64_t begin, int64_t end) {
     alignas(sizeof(F)) float sums[kGroup], natural[kGroup];

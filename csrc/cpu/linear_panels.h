@@ -36,17 +36,20 @@ void pack_x(int64_t width, int64_t m, const T* x, float* packed, const Parallel&
   });
 }
 
-// ct[i][lanes] of one tile for `rows` rows of W from n0, finished: transposed, plus bias, rounded.
+// ct[i][lanes] of one tile for `rows` rows of W from n0, finished: times the row scale, plus bias, transposed, rounded.
 template <class T>
-void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, int64_t n, const T* bias,
-                T* out) {
+void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, int64_t n,
+                const float* row_scale, const T* bias, T* out) {
+  const auto at = [&](const float* sums, int64_t column) {
+    const F scaled = row_scale == nullptr ? loadu(sums) : mul(loadu(sums), set1(load_one(row_scale + column)));
+    return add(scaled, set1(bias_at(bias, column)));
+  };
   for (int first = 0; first < tile.lanes; first += kLanes) {
     const int64_t present = min64(kLanes, m - tile.first - first);
     for (int64_t i = 0; i < rows; i += kLanes) {
       const int64_t width = min64(kLanes, rows - i);
       F r[kLanes];
-      for (int j = 0; j < kLanes; ++j)
-        r[j] = j < width ? add(loadu(ct + (i + j) * tile.lanes + first), set1(bias_at(bias, n0 + i + j))) : zero();
+      for (int j = 0; j < kLanes; ++j) r[j] = j < width ? at(ct + (i + j) * tile.lanes + first, n0 + i + j) : zero();
       transpose(r);
       for (int64_t j = 0; j < present; ++j) {
         T* to = out + (tile.first + first + j) * n + n0 + i;
@@ -76,18 +79,18 @@ inline void multiply_tile(const Tile& tile, int64_t rows, int64_t depth, const f
   }
 }
 
-// The adapter's x A^T for m rows from m0 on: as it is in adapter.xa, and scaled in [tiles][rank][kTile]. A task is a
+// The adapter's x A^T for m rows from m0 on: as it is in adapter.xa, and scaled in [tiles][width][kTile]. A task is a
 // few rows of A and one tile of x.
 inline void multiply_a_tiles(const LowRank& adapter, int64_t k, int64_t m0, int64_t m, const float* packed,
                              float* packed_xa, const Parallel& parallel) {
   constexpr int64_t kRowsOfA = 12;
-  const int64_t rank = adapter.rank, blocks = ceil_div(rank, kRowsOfA);
+  const int64_t width = adapter.width(), blocks = ceil_div(width, kRowsOfA);
   for_ranges(parallel, ceil_div(m, kTile) * blocks, [&](int64_t begin, int64_t end) {
     Scratch<float> rows_of_a(kRowsOfA * kDepthStride);
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = tile_at(task / blocks, m);
-      const int64_t r0 = task % blocks * kRowsOfA, rows = min64(kRowsOfA, rank - r0);
-      float* ct = packed_xa + tile.first * rank + r0 * tile.lanes;
+      const int64_t r0 = task % blocks * kRowsOfA, rows = min64(kRowsOfA, width - r0);
+      float* ct = packed_xa + tile.first * width + r0 * tile.lanes;
       for (int64_t first = 0; first < k; first += kDepth) {
         const int64_t depth = min64(kDepth, k - first);
         for (int64_t i = 0; i < rows; ++i)
@@ -97,7 +100,7 @@ inline void multiply_a_tiles(const LowRank& adapter, int64_t k, int64_t m0, int6
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t lane = 0; lane < tile.lanes; ++lane) {
           float* value = ct + i * tile.lanes + lane;
-          if (tile.first + lane < m) store_one(adapter.xa + (m0 + tile.first + lane) * rank + r0 + i, *value);
+          if (tile.first + lane < m) store_one(adapter.xa + (m0 + tile.first + lane) * width + r0 + i, *value);
           *value *= adapter.scaling;
         }
     }
@@ -117,18 +120,28 @@ inline void fetch_next_panel(const Weight& w, int64_t row, int64_t k, int64_t ne
 template <class T>
 void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bias, const LowRank* adapter,
                    const float* packed_xa, T* out, const Parallel& parallel) {
-  const int64_t tiles = ceil_div(m, kTile), rank = adapter == nullptr ? 0 : adapter->rank;
+  const int64_t tiles = ceil_div(m, kTile);
   const int64_t chunk = m <= 32 ? 24 : 96;  // rows of W a panel, a multiple of 12: in L1 for few tiles, else in L2
   for_ranges(parallel, ceil_div(w.n, chunk), [&](int64_t begin, int64_t end) {
     Scales decoder(w);
     Scratch<float> weights(chunk * kDepthStride), ct(chunk * tiles * kTile), units(chunk * w.k / 32 + 4);
-    // a panel of weights times every tile of x, or of x A^T, [tiles][width][kTile], from k on
-    const auto multiply_tiles = [&](int64_t width, int64_t k, int64_t depth, int64_t rows, const float* from,
-                                    bool add_to_ct) {
+    // a panel of weights, for the chunk's rows from `row` on, times every tile of x, or of x A^T,
+    // [tiles][width][kTile], from k on
+    const auto multiply_tiles = [&](int64_t width, int64_t k, int64_t depth, int64_t row, int64_t rows,
+                                    const float* from, bool add_to_ct) {
       for (int64_t t = 0; t < tiles; ++t) {
         const Tile tile = tile_at(t, m);
         multiply_tile(tile, rows, depth, weights.get(), from + tile.first * width + k * tile.lanes,
-                      ct.get() + t * kTile * chunk, add_to_ct);
+                      ct.get() + t * kTile * chunk + row * tile.lanes, add_to_ct);
+      }
+    };
+    const auto add_part = [&](int part, int64_t n0, int64_t row, int64_t rows) {
+      const int64_t rank = adapter->rank;
+      for (int64_t r = 0; r < rank; r += kDepth) {
+        const int64_t depth = min64(kDepth, rank - r);
+        for (int64_t i = 0; i < rows; ++i)
+          read_floats(adapter->b_dtype, adapter->b, (n0 + row + i) * rank + r, depth, weights.get() + i * kDepthStride);
+        multiply_tiles(adapter->width(), part * rank + r, depth, row, rows, packed_xa, true);
       }
     };
     for (int64_t n0 = begin * chunk; n0 < min64(end * chunk, w.n); n0 += chunk) {
@@ -143,16 +156,16 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
           decode_span<T>(w, start, depth, units.get() + (start / kGroup * 2 - range.first),
                          weights.get() + i * kDepthStride);
         }
-        multiply_tiles(w.k, k, depth, rows, packed, k > 0);
+        multiply_tiles(w.k, k, depth, 0, rows, packed, k > 0);
       }
-      for (int64_t r = 0; r < rank; r += kDepth) {
-        const int64_t depth = min64(kDepth, rank - r);
-        for (int64_t i = 0; i < rows; ++i)
-          read_floats(adapter->b_dtype, adapter->b, (n0 + i) * rank + r, depth, weights.get() + i * kDepthStride);
-        multiply_tiles(rank, r, depth, rows, packed_xa, true);
+      for (int64_t row = 0; adapter != nullptr && row < rows;) {
+        const int part = adapter->parts.of(n0 + row);
+        const int64_t end = min64(rows, adapter->parts.end[part] - n0);
+        add_part(part, n0, row, end - row);
+        row = end;
       }
       for (int64_t t = 0; t < tiles; ++t)
-        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, bias, out);
+        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, row_scale_of(adapter), bias, out);
     }
   });
 }

@@ -19,6 +19,15 @@ inline float bias_at(const T* bias, int64_t n) {
   return bias != nullptr ? load_one(bias + n) : 0.0f;
 }
 
+inline const float* row_scale_of(const LowRank* adapter) { return adapter == nullptr ? nullptr : adapter->row_scale; }
+
+// An output of column n out of its sum, but for rounding.
+template <class T>
+inline float finished(float sum, const float* row_scale, const T* bias, int64_t n) {
+  if (row_scale != nullptr) sum *= load_one(row_scale + n);
+  return sum + bias_at(bias, n);
+}
+
 template <class T>
 void permute_x(int64_t k, int64_t rows, const T* x, float* permuted) {
   for (int64_t g = 0; g < k / kGroup; ++g)
@@ -110,33 +119,33 @@ void dot_span(const float* weights, const float* x, int64_t ld, int64_t count, f
   }
 }
 
-// Floats a row of the scaled x A^T: whole vectors, zeros behind the rank.
-inline int64_t adapter_stride(const LowRank* adapter) {
-  return adapter == nullptr ? 0 : ceil_div(adapter->rank, kLanes) * kLanes;
-}
+// Floats that a part has of a row of the scaled x A^T: whole vectors, zeros behind the rank.
+inline int64_t part_stride(const LowRank& adapter) { return ceil_div(adapter.rank, kLanes) * kLanes; }
 
-// The adapter's x A^T for M rows: as it is in adapter.xa, and scaled in [M][adapter_stride].
+// The adapter's x A^T for M rows: as it is in adapter.xa, and scaled in [M][parts][part_stride].
 template <class T, int M>
 void multiply_a_rows(const LowRank& adapter, int64_t k, const T* x, float* scaled, const Parallel& parallel) {
   constexpr int64_t kSpan = 1024;
-  const int64_t stride = adapter_stride(&adapter);
+  const int64_t rank = adapter.rank, stride = part_stride(adapter), all = adapter.parts.count * stride;
   Scratch<float> floats(M * k);
   if (adapter.dropped != nullptr)
     to_floats(adapter.dropped, M * k, floats.get());
   else
     to_floats(x, M * k, floats.get());
-  for_ranges(parallel, stride, [&](int64_t begin, int64_t end) {
+  for_ranges(parallel, all, [&](int64_t begin, int64_t end) {
     alignas(sizeof(F)) float row[kSpan];
-    for (int64_t r = begin; r < end; ++r) {
+    for (int64_t at = begin; at < end; ++at) {
+      const bool there = at % stride < rank;
+      const int64_t r = at / stride * rank + at % stride;
       float sums[M] = {0.0f};
-      for (int64_t i = 0; r < adapter.rank && i < k; i += kSpan) {
+      for (int64_t i = 0; there && i < k; i += kSpan) {
         const int64_t count = min64(kSpan, k - i);
         read_floats(adapter.a_dtype, adapter.a, r * k + i, count, row);
         dot_span<M>(row, floats.get() + i, k, count, sums);
       }
       for (int m = 0; m < M; ++m) {
-        if (r < adapter.rank) store_one(adapter.xa + m * adapter.rank + r, sums[m]);
-        scaled[m * stride + r] = sums[m] * adapter.scaling;
+        if (there) store_one(adapter.xa + m * adapter.width() + r, sums[m]);
+        scaled[m * all + at] = sums[m] * adapter.scaling;
       }
     }
   });
@@ -145,8 +154,9 @@ void multiply_a_rows(const LowRank& adapter, int64_t k, const T* x, float* scale
 // sums[i][m] += rows of B from n0 on times the scaled x A^T, lane by lane.
 template <int M>
 void add_low_rank(const LowRank& adapter, const float* scaled, int64_t n0, int64_t rows, float* sums) {
-  const int64_t rank = adapter.rank, stride = adapter_stride(&adapter);
-  for (int64_t i = 0; i < rows; ++i, sums += M * kLanes)
+  const int64_t rank = adapter.rank, stride = part_stride(adapter), all = adapter.parts.count * stride;
+  for (int64_t i = 0; i < rows; ++i, sums += M * kLanes) {
+    const float* of_part = scaled + adapter.parts.of(n0 + i) * stride;
     for (int64_t first = 0; first < rank; first += kGroup) {
       alignas(sizeof(F)) float b[kGroup];
       const int64_t count = min64(kGroup, rank - first);
@@ -154,11 +164,11 @@ void add_low_rank(const LowRank& adapter, const float* scaled, int64_t n0, int64
       for (int64_t r = count; r % kLanes != 0; ++r) b[r] = 0.0f;
       for (int m = 0; m < M; ++m) {
         F acc = loadu(sums + m * kLanes);
-        for (int64_t r = 0; r < count; r += kLanes)
-          acc = fma(loadu(b + r), loadu(scaled + m * stride + first + r), acc);
+        for (int64_t r = 0; r < count; r += kLanes) acc = fma(loadu(b + r), loadu(of_part + m * all + first + r), acc);
         storeu(sums + m * kLanes, acc);
       }
     }
+  }
 }
 
 // A block of rows of W passes over a slice of x that stays in L1: 16 KB of it, for any M.
@@ -168,6 +178,7 @@ void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* ad
   constexpr int64_t kRows = 16;
   constexpr int64_t kSlice = 4096 / M / kGroup;  // groups
   const int64_t groups = w.k / kGroup;
+  const float* row_scale = row_scale_of(adapter);
   Scratch<float> permuted(M * w.k);
   permute_x(w.k, M, x, permuted.get());
   for_ranges(parallel, ceil_div(w.n, kRows), [&](int64_t begin, int64_t end) {
@@ -184,7 +195,7 @@ void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* ad
       if (adapter != nullptr) add_low_rank<M>(*adapter, scaled, n0, rows, sums[0]);
       for (int64_t i = 0; i < rows; ++i)
         for (int m = 0; m < M; ++m)
-          store_one(out + m * w.n + n0 + i, sum(loadu(sums[i] + kLanes * m)) + bias_at(bias, n0 + i));
+          store_one(out + m * w.n + n0 + i, finished(sum(loadu(sums[i] + kLanes * m)), row_scale, bias, n0 + i));
     }
   });
 }
@@ -193,6 +204,7 @@ template <class T, int M>
 void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled, T* out,
                   const Parallel& parallel) {
   constexpr int64_t kSpan = 512;
+  const float* row_scale = row_scale_of(adapter);
   Scratch<float> floats(M * w.k);
   to_floats(x, M * w.k, floats.get());
   for_ranges(parallel, w.n, [&](int64_t begin, int64_t end) {
@@ -213,14 +225,14 @@ void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* ada
         add_low_rank<M>(*adapter, scaled, n, 1, lanes);
         for (int m = 0; m < M; ++m) sums[m] += sum(loadu(lanes + m * kLanes));
       }
-      for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, sums[m] + bias_at(bias, n));
+      for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, finished(sums[m], row_scale, bias, n));
     }
   });
 }
 
 template <class T, int M>
 void linear_rows(const Weight& w, const T* x, const T* bias, const LowRank* adapter, T* out, const Parallel& parallel) {
-  Scratch<float> scaled(M * adapter_stride(adapter));
+  Scratch<float> scaled(adapter == nullptr ? 0 : M * adapter->parts.count * part_stride(*adapter));
   if (adapter != nullptr) multiply_a_rows<T, M>(*adapter, w.k, x, scaled.get(), parallel);
   if (w.k % kGroup == 0 && w.k > 0) return linear_groups<T, M>(w, x, bias, adapter, scaled.get(), out, parallel);
   linear_any_k<T, M>(w, x, bias, adapter, scaled.get(), out, parallel);

@@ -1,4 +1,5 @@
-// What flows back into an adapter: g = scaling * dy B, dA = g^T drop(x), dB = scaling * dy^T xa, all summed in fp32.
+// What flows back into an adapter: g = scaling * dy B, dA = g^T drop(x), dB = scaling * dy^T xa, all summed in fp32,
+// where dy is times the row scale, if there is one.
 //
 // Each is a matrix multiplication with a side of no more than `rank`, bound by reading dy and x: both are packed as
 // they are read, into panels [depth][kPanel] that stay in L1 while every row of the narrow side passes over them. First
@@ -26,18 +27,21 @@ inline const float* panel_of_b(const LowRankGradient& adapter, int64_t p, int64_
   return panel;
 }
 
-// Rows [row, row + kRowsOfDy) of g, and of g^T and xa^T, whose rows are `ld` apart.
+// What a part has of rows [row, row + kRowsOfDy) of g, and of g^T and xa^T, whose rows are `ld` apart.
 template <class T>
-void rows_of_g(int64_t row, int64_t m, int64_t n, const T* dy, const float* xa, const LowRankGradient& adapter,
-               float* g_transposed, float* xa_transposed, int64_t ld) {
-  const int64_t rows = min64(kRowsOfDy, m - row), rank = adapter.rank;
+void rows_of_g(int part, int64_t row, int64_t m, int64_t n, const T* dy, const float* xa,
+               const LowRankGradient& adapter, float* g_transposed, float* xa_transposed, int64_t ld) {
+  const int64_t rows = min64(kRowsOfDy, m - row), rank = adapter.rank, first = part * rank;
   alignas(sizeof(F)) float scalars[kRowsOfDy * kDepth], panel[kDepth * kPanel], sums[kRowsOfDy * kPanel];
   for (int64_t r = 0; r < rank; r += kPanel) {
     const int64_t lanes = min64(kPanel, rank - r);
     std::memset(sums, 0, sizeof sums);
-    for (int64_t p = 0; p < n; p += kDepth) {
-      const int64_t depth = min64(kDepth, n - p);
-      for (int64_t i = 0; i < rows; ++i) to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+    for (int64_t p = adapter.parts.begin(part); p < adapter.parts.end[part]; p += kDepth) {
+      const int64_t depth = min64(kDepth, adapter.parts.end[part] - p);
+      for (int64_t i = 0; i < rows; ++i) {
+        to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+        if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + p, depth, scalars + i * kDepth);
+      }
       const float* b = panel_of_b(adapter, p, depth, r, panel);
       for (int64_t i = 0; i < rows; i += kRows)
         micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, b, sums + i * kPanel, kPanel,
@@ -45,20 +49,20 @@ void rows_of_g(int64_t row, int64_t m, int64_t n, const T* dy, const float* xa, 
     }
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t at = (row + i) * rank + r + lane;
+        const int64_t column = first + r + lane, at = (row + i) * adapter.width() + column;
         const float value = adapter.scaling * sums[i * kPanel + lane];
         store_one(adapter.g + at, value);
-        g_transposed[(r + lane) * ld + row + i] = value;
-        xa_transposed[(r + lane) * ld + row + i] = load_one(xa + at);
+        g_transposed[column * ld + row + i] = value;
+        xa_transposed[column * ld + row + i] = load_one(xa + at);
       }
   }
 }
 
-// sums[rank][kWide] = sum_m narrow[r, m] * wide[m, column + j] of a matrix [m, width], dropped first where asked.
+// sums[rank][kWide] = sum_m narrow[r, m] * wide[m, column + j], j < columns, of a matrix [m, width], dropped first
+// where asked.
 template <class T>
 void columns_of(int64_t m, int64_t rank, const float* narrow, int64_t ld, const T* wide, int64_t width, int64_t column,
-                const Dropout* dropout, float* panels, float* sums) {
-  const int64_t columns = min64(kWide, width - column);
+                int64_t columns, const Dropout* dropout, float* panels, float* sums) {
   alignas(sizeof(F)) float line[kWide] = {};
   for (int64_t row = 0; row < m; row += kDepth) {
     const int64_t depth = min64(kDepth, m - row);
@@ -81,13 +85,12 @@ void columns_of(int64_t m, int64_t rank, const float* narrow, int64_t ld, const 
   }
 }
 
-// out[columns][rank] = scaling * sums^T, of sums [rank, in whole vectors][kWide].
-inline void write_transposed(int64_t rank, int64_t columns, const float* sums, float scaling, float* out) {
-  const F factor = set1(scaling);
+// out[columns][rank] = sums^T times a factor a column, of sums [rank, in whole vectors][kWide].
+inline void write_transposed(int64_t rank, int64_t columns, const float* sums, const float* factors, float* out) {
   for (int64_t r = 0; r < rank; r += kLanes)
     for (int64_t j = 0; j < columns; j += kLanes) {
       F block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) block[i] = mul(loadu(sums + (r + i) * kWide + j), factor);
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = mul(loadu(sums + (r + i) * kWide + j), loadu(factors + j));
       transpose(block);
       for (int64_t i = 0; i < min64(kLanes, columns - j); ++i) {
         alignas(sizeof(F)) float line[kLanes];
@@ -97,33 +100,53 @@ inline void write_transposed(int64_t rank, int64_t columns, const float* sums, f
     }
 }
 
+// What a part of dB has of columns [column, column + columns) of dy.
+template <class T>
+void columns_of_db(int part, int64_t m, int64_t n, int64_t column, int64_t columns, const T* dy,
+                   const LowRankGradient& adapter, const float* xa_transposed, int64_t ld, float* panels, float* sums,
+                   float* db) {
+  const int64_t rank = adapter.rank;
+  columns_of(m, rank, xa_transposed + part * rank * ld, ld, dy, n, column, columns, nullptr, panels, sums);
+  // dy's row scale is a factor of all that a column sums: it is left out of the sum
+  alignas(sizeof(F)) float factors[kWide];
+  for (float& factor : factors) factor = adapter.scaling;
+  if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + column, columns, factors);
+  write_transposed(rank, columns, sums, factors, db + column * rank);
+}
+
 template <class T>
 void gradient(int64_t m, int64_t n, int64_t k, const void* dy_bytes, const void* x_bytes, const float* xa,
               const LowRankGradient& adapter, float* da, float* db, const Parallel& parallel) {
   const T *dy = static_cast<const T*>(dy_bytes), *x = static_cast<const T*>(x_bytes);
-  const int64_t rank = adapter.rank, ld = m + 16;  // rows of the transposed do not fall on the same cache sets
-  if (rank == 0) return;
-  Scratch<float> g_transposed(rank * ld), xa_transposed(rank * ld);
-  for_ranges(parallel, ceil_div(m, kRowsOfDy), [&](int64_t begin, int64_t end) {
+  const Parts& parts = adapter.parts;
+  const int64_t width = adapter.width(), ld = m + 16;  // rows of the transposed do not fall on the same cache sets
+  if (width == 0) return;
+  Scratch<float> g_transposed(width * ld), xa_transposed(width * ld);
+  for_ranges(parallel, ceil_div(m, kRowsOfDy) * parts.count, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      rows_of_g(task * kRowsOfDy, m, n, dy, xa, adapter, g_transposed.get(), xa_transposed.get(), ld);
+      rows_of_g(int(task % parts.count), task / parts.count * kRowsOfDy, m, n, dy, xa, adapter, g_transposed.get(),
+                xa_transposed.get(), ld);
   });
-  const int64_t of_x = da == nullptr ? 0 : ceil_div(k, kWide), of_dy = db == nullptr ? 0 : ceil_div(n, kWide);
-  for_ranges(parallel, of_x + of_dy, [&](int64_t begin, int64_t end) {
-    const int64_t size = ceil_div(rank, kLanes) * kLanes * kWide;
+  const int64_t of_x = da == nullptr ? 0 : ceil_div(k, kWide);
+  int64_t tasks = of_x;
+  for (int part = 0; db != nullptr && part < parts.count; ++part) tasks += ceil_div(parts.size(part), kWide);
+  for_ranges(parallel, tasks, [&](int64_t begin, int64_t end) {
+    const int64_t size = ceil_div(width, kLanes) * kLanes * kWide;
     Scratch<float> panels(kDepth * kWide), sums(size);
     std::memset(sums.get(), 0, size_t(size) * sizeof(float));  // they stay zero where there are no rows
     for (int64_t task = begin; task < end; ++task) {
       if (task < of_x) {
         const int64_t column = task * kWide, columns = min64(kWide, k - column);
-        columns_of(m, rank, g_transposed.get(), ld, x, k, column, adapter.dropout, panels.get(), sums.get());
-        for (int64_t r = 0; r < rank; ++r)
+        columns_of(m, width, g_transposed.get(), ld, x, k, column, columns, adapter.dropout, panels.get(), sums.get());
+        for (int64_t r = 0; r < width; ++r)
           std::memcpy(da + r * k + column, sums.get() + r * kWide, size_t(columns) * sizeof(float));
-      } else {
-        const int64_t column = (task - of_x) * kWide, columns = min64(kWide, n - column);
-        columns_of(m, rank, xa_transposed.get(), ld, dy, n, column, nullptr, panels.get(), sums.get());
-        write_transposed(rank, columns, sums.get(), adapter.scaling, db + column * rank);
+        continue;
       }
+      int part = 0;
+      int64_t piece = task - of_x;
+      for (; piece >= ceil_div(parts.size(part), kWide); ++part) piece -= ceil_div(parts.size(part), kWide);
+      const int64_t column = parts.begin(part) + piece * kWide, columns = min64(kWide, parts.end[part] - column);
+      columns_of_db(part, m, n, column, columns, dy, adapter, xa_transposed.get(), ld, panels.get(), sums.get(), db);
     }
   });
 }

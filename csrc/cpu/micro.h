@@ -85,7 +85,14 @@ inline void read_floats(Dtype dtype, const void* tensor, int64_t first, int64_t 
   }
 }
 
-// And back.
+// floats[i] *= factors[i].
+inline void scale_floats(const float* factors, int64_t count, float* floats) {
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) storeu(floats + i, mul(loadu(floats + i), loadu(factors + i)));
+  for (int64_t i = whole; i < count; ++i) floats[i] *= load_one(factors + i);
+}
+
+// And back to T.
 template <class T>
 inline void from_floats(const float* from, int64_t count, T* to) {
   const int64_t whole = count / kLanes * kLanes;

@@ -29,16 +29,16 @@ void linear(const Weight& w, int64_t m, const T* x, const T* bias, const LowRank
             const Parallel& parallel) {
   if (m == 0 || (w.n == 0 && adapter == nullptr)) return;
   if (m <= kFewRows) return linear_few<T, kFewRows>(w, m, x, bias, adapter, out, parallel);
-  const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
+  const int64_t width = adapter == nullptr ? 0 : adapter->width();
   const float* dropped = adapter == nullptr ? nullptr : adapter->dropped;
   if (w.k == 0) {
-    if (rank > 0) std::memset(static_cast<void*>(adapter->xa), 0, size_t(m * rank) * sizeof(float));
+    if (width > 0) std::memset(static_cast<void*>(adapter->xa), 0, size_t(m * width) * sizeof(float));
     for (int64_t row = 0; row < m; ++row)
       for (int64_t n = 0; n < w.n; ++n) store_one(out + row * w.n + n, bias_at(bias, n));
     return;
   }
   const int64_t most = ceil_div(min64(m, kMaxRowsOfX), kTile) * kTile;
-  Scratch<float> packed(most * w.k), packed_xa(most * rank);
+  Scratch<float> packed(most * w.k), packed_xa(most * width);
   for (int64_t first = 0; first < m; first += kMaxRowsOfX) {
     const int64_t rows = min64(kMaxRowsOfX, m - first);
     // What the adapter sees of x passes through the same buffer first, where that is not x itself.

@@ -2,13 +2,15 @@
 // speaks PTX or names a builtin of CUDA, so that a test can put another header in the place of this one and run the
 // kernels on a CPU.
 //
-// Everything exists from sm_80 on. Addresses of shared memory are plain pointers; asynchronous copies count in groups,
-// as in PTX.
+// Everything exists from sm_80 on, but for what is said to be sm_90a's. Addresses of shared memory are plain pointers;
+// asynchronous copies and products count in groups, as in PTX.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <vector>
 
 #define PEFTRT_DEVICE __device__ __forceinline__
 #define PEFTRT_BOTH __host__ __device__ __forceinline__
@@ -29,6 +31,13 @@ PEFTRT_DEVICE int64_t block_count() { return gridDim.x; }
 constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
 constexpr int kArchitecture = 0;
+#endif
+
+// Whether it has what four warps, a warpgroup, do together: sm_90a, with the a.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
 #endif
 
 // The block's dynamic shared memory.
@@ -54,6 +63,7 @@ PEFTRT_DEVICE uint32_t load_fixed(uint32_t offset) {
 // ---- waiting and ordering ----
 
 PEFTRT_DEVICE void sync_block() { __syncthreads(); }
+PEFTRT_DEVICE void sync_warp() { __syncwarp(); }
 // Writes before it are seen by other blocks before those after it.
 PEFTRT_DEVICE void fence_device() { __threadfence(); }
 
@@ -64,6 +74,29 @@ PEFTRT_DEVICE uint64_t compare_and_swap(uint64_t* word, uint64_t expected, uint6
 template <class T>
 PEFTRT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+// Whether any lane of the warp says so.
+PEFTRT_DEVICE bool any_lane(bool value) { return __any_sync(0xffffffffu, value) != 0; }
+
+// sm_90a's barriers, words of shared memory: a phase is over when `count` threads have arrived, and the next begins.
+// What a thread wrote before it arrived is there for those who waited.
+using Barrier = uint64_t;
+PEFTRT_DEVICE uint32_t shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
+PEFTRT_DEVICE void start_barrier(Barrier* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(shared_address(barrier)), "r"(count) : "memory");
+}
+PEFTRT_DEVICE void arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" : : "r"(shared_address(barrier)) : "memory");
+}
+// Until the phase of this parity is over. The first phase has parity 0; the one before it counts as over.
+PEFTRT_DEVICE void wait(Barrier* barrier, uint32_t parity) {
+  uint32_t over = 0;
+  while (over == 0) {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(over)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  }
 }
 
 // ---- loads, stores, copies ----
@@ -79,6 +112,11 @@ PEFTRT_DEVICE Policy read_once() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+PEFTRT_DEVICE Policy read_again() {
+  Policy policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 
 PEFTRT_DEVICE uint32_t load_word(const void* from, Policy policy) {
   uint32_t value;
@@ -92,6 +130,10 @@ PEFTRT_DEVICE uint32_t load_half_word(const void* from, Policy policy) {
 }
 // What another block has written: past the L1, which may hold older bytes.
 PEFTRT_DEVICE float load_of_blocks(const float* from) { return __ldcg(from); }
+PEFTRT_DEVICE Vector load_of_blocks(const Vector* from) {
+  const uint4 value = __ldcg(reinterpret_cast<const uint4*>(from));
+  return {{value.x, value.y, value.z, value.w}};
+}
 PEFTRT_DEVICE uint64_t load_of_blocks(const uint64_t* from) { return *const_cast<const volatile uint64_t*>(from); }
 // Memory that nobody on this device reads soon.
 PEFTRT_DEVICE void store_streaming(Vector* to, Vector value) {
@@ -102,13 +144,13 @@ PEFTRT_DEVICE void store_streaming(Vector* to, Vector value) {
 PEFTRT_DEVICE void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0)
+               : "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
 PEFTRT_DEVICE void copy_async(void* to, const void* from, bool there, Policy policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
                :
-               : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0), "l"(policy)
+               : "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0), "l"(policy)
                : "memory");
 }
 PEFTRT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -172,7 +214,7 @@ PEFTRT_DEVICE uint32_t pack<Fp16>(float first, float second) {
 PEFTRT_DEVICE void load_matrices(const void* row, uint32_t (&word)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-               : "r"(uint32_t(__cvta_generic_to_shared(row))));
+               : "r"(shared_address(row)));
 }
 
 // c [16 x 8] += a [16 x 16] b [16 x 8], summed in fp32. With pairs of 16-bit elements in a word, the first in the low
@@ -195,6 +237,90 @@ PEFTRT_DEVICE void multiply_matrices<Fp16>(float (&c)[4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ---- products of a warpgroup: sm_90a; they run on while the warps do, from when they are committed ----
+
+// Registers that a thread has, of those of its block: all warps of a warpgroup give, or take.
+template <int kCount>
+PEFTRT_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(kCount));
+}
+template <int kCount>
+PEFTRT_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(kCount));
+}
+
+// What this thread has written to shared memory may be read by products.
+PEFTRT_DEVICE void show_products() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+
+// Rows of 64 16-bit elements in shared memory, 128 bytes one after the other from a multiple of 1024 on; the 16 bytes
+// at 16 i of row r lie at 16 (i ^ r % 8). `first` is where the first 16 columns of a product begin in the first row,
+// before they are so moved.
+using Rows = uint64_t;
+PEFTRT_DEVICE Rows rows_at(const void* first) {
+  constexpr uint64_t kEightRows = 1024 / 16, kSwizzled128 = 1;
+  return (shared_address(first) & 0x3ffff) / 16 | kEightRows << 32 | kSwizzled128 << 62;
+}
+// The same, so many bytes further on.
+PEFTRT_DEVICE Rows rows_after(Rows rows, int bytes) {
+  return (rows >> 32) << 32 | (uint32_t(rows) + uint32_t(bytes) / 16);
+}
+
+// Before the first product of a group: registers are as they were last written.
+PEFTRT_DEVICE void start_products() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+PEFTRT_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+
+#define PEFTRT_SUMS_32                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PEFTRT_SUMS_64                                                                 \
+  PEFTRT_SUMS_32                                                                       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PEFTRT_TIED_8(s, i)                                                                                   \
+  "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), \
+      "+f"(s[i + 7])
+#define PEFTRT_TIED_32(s, i) \
+  PEFTRT_TIED_8(s, i), PEFTRT_TIED_8(s, i + 8), PEFTRT_TIED_8(s, i + 16), PEFTRT_TIED_8(s, i + 24)
+#define PEFTRT_TIED_64(s) PEFTRT_TIED_32(s, 0), PEFTRT_TIED_32(s, 32)
+
+// sum [64 x 2 kSums] (+)= a [64 x 16] b [16 x 2 kSums], in fp32; b's columns are the rows at `b`. Warp w of the
+// warpgroup has rows 16 w ... of a and sum, a as multiply_matrices has it, and sum[4 j + i] as c[i] of columns 8 j ...
+// Neither these registers nor the rows may be touched until the group has been waited for.
+template <class T, int kSums>
+PEFTRT_DEVICE void multiply_rows(float (&sum)[kSums], const uint32_t (&a)[4], Rows b, bool add);
+// Waits for this thread's groups but for the `kLeft` newest: `sum` is there.
+template <int kLeft, int kSums>
+PEFTRT_DEVICE void wait_products(float (&sum)[kSums]);
+
+#define PEFTRT_MULTIPLY_ROWS(T, type, count, columns, sums, tied, a0, a1, a2, a3, b_, add_)                      \
+  template <>                                                                                                    \
+  PEFTRT_DEVICE void multiply_rows<T, count>(float (&sum)[count], const uint32_t (&a)[4], Rows b, bool add) {    \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_ ", 0; wgmma.mma_async.sync.aligned.m64n" columns         \
+                 "k16.f32." type "." type " {" sums "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_ ", p, 1, 1, 0; }" \
+                 : tied                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add))                             \
+                 : "memory");                                                                                    \
+  }
+#define PEFTRT_MULTIPLY_32(T, type)                                                                                  \
+  PEFTRT_MULTIPLY_ROWS(T, type, 32, "64", PEFTRT_SUMS_32, PEFTRT_TIED_32(sum, 0), "%32", "%33", "%34", "%35", "%36", \
+                       "%37")
+#define PEFTRT_MULTIPLY_64(T, type)                                                                                \
+  PEFTRT_MULTIPLY_ROWS(T, type, 64, "128", PEFTRT_SUMS_64, PEFTRT_TIED_64(sum), "%64", "%65", "%66", "%67", "%68", \
+                       "%69")
+PEFTRT_MULTIPLY_32(Bf16, "bf16")
+PEFTRT_MULTIPLY_32(Fp16, "f16")
+PEFTRT_MULTIPLY_64(Bf16, "bf16")
+PEFTRT_MULTIPLY_64(Fp16, "f16")
+
+// The sums are operands of the wait, so that the compiler reads none before it.
+#define PEFTRT_WAIT_PRODUCTS(count, left_, tied)                                         \
+  template <>                                                                            \
+  PEFTRT_DEVICE void wait_products<0, count>(float (&sum)[count]) {                      \
+    asm volatile("wgmma.wait_group.sync.aligned " left_ ";" : tied : "n"(0) : "memory"); \
+  }
+PEFTRT_WAIT_PRODUCTS(32, "%32", PEFTRT_TIED_32(sum, 0))
+PEFTRT_WAIT_PRODUCTS(64, "%64", PEFTRT_TIED_64(sum))
+
 // ---- the host's side: null, or what went wrong ----
 
 inline const char* error_of(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
@@ -205,12 +331,50 @@ inline const char* multiprocessors(int* count) {
   return error_of(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
 }
 
+// What the driver has said of a kernel on a device, and what it was asked for: either takes it longer than a launch.
+struct Remembered {
+  const void* kernel;
+  int device;
+  int arch, threads;  // of the machine code, as 90; the most that it can be launched with
+  int shared;         // bytes of dynamic shared memory that it may have
+};
+inline const char* remember(const void* kernel, int shared, Remembered* found) {
+  static std::mutex mutex;
+  static std::vector<Remembered> known;
+  int device = 0;
+  if (const char* error = error_of(cudaGetDevice(&device))) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t i = 0;
+  while (i < known.size() && (known[i].kernel != kernel || known[i].device != device)) ++i;
+  if (i == known.size()) {
+    cudaFuncAttributes attributes = {};
+    if (const char* error = error_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
+    known.push_back({kernel, device, attributes.binaryVersion, attributes.maxThreadsPerBlock, 48 * 1024});
+  }
+  if (shared > known[i].shared) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return error_of(status);
+    known[i].shared = shared;
+  }
+  *found = known[i];
+  return nullptr;
+}
+
 // The architecture of the machine code that a kernel has for this device, as 90.
 template <class... Parameters>
 const char* architecture(void (*kernel)(Parameters...), int* found) {
-  cudaFuncAttributes attributes = {};
-  const char* error = error_of(cudaFuncGetAttributes(&attributes, kernel));
-  *found = attributes.binaryVersion;
+  Remembered of = {};
+  const char* error = remember(reinterpret_cast<const void*>(kernel), 0, &of);
+  *found = of.arch;
+  return error;
+}
+
+// Whether that machine code can be launched with so many threads.
+template <class... Parameters>
+const char* takes_threads(void (*kernel)(Parameters...), int threads, bool* found) {
+  Remembered of = {};
+  const char* error = remember(reinterpret_cast<const void*>(kernel), 0, &of);
+  *found = error == nullptr && of.threads >= threads;
   return error;
 }
 
@@ -218,9 +382,9 @@ const char* architecture(void (*kernel)(Parameters...), int* found) {
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void* stream,
                    Parameters... parameters) {
+  Remembered of = {};
   if (shared > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (status != cudaSuccess) return error_of(status);
+    if (const char* error = remember(reinterpret_cast<const void*>(kernel), shared, &of)) return error;
   }
   kernel<<<unsigned(blocks), unsigned(threads), size_t(shared), static_cast<cudaStream_t>(stream)>>>(parameters...);
   return error_of(cudaGetLastError());

@@ -43,7 +43,10 @@ struct Linear {
   void* y;           // [m, n]
   int64_t m, n, k;
 };
-constexpr int64_t kMaxRows = 64;  // of x
+
+// How many rows of x the current device takes: 512 where it has warpgroups, else 64. A launch of more is no error, but
+// reads the weight as often as there are 64.
+const char* nf4_linear_rows(int64_t* rows);
 
 // How much device memory a product works in, for `rows` of x at most: aligned to 16, of any content.
 const char* nf4_linear_workspace(const Linear& linear, int64_t* bytes);

@@ -1,37 +1,23 @@
-// y = x W^T + b for up to 64 rows of x, on tensor cores: m16n8k16 with the weight as the 16 rows.
+// y = x W^T + b for a few rows of x, on tensor cores: m16n8k16 with the weight as the 16 rows.
 //
 // A byte of codes is two weights of one row. Their levels, as a pair of 16-bit floats, are one look-up in a table of
 // 256 pairs in shared memory that every lane has its own bank of. Levels go into the tensor cores as they are; a
 // block's scale multiplies the fp32 sums of 32 columns afterwards. So a weight is rounded once, as one that was decoded
 // to 16 bits first.
 //
-// Counted, not measured on a device. Instructions for 64 weights of a lane and 8 rows of x (nvcc 13.0 for sm_90a,
-// 2026-11-21): 108, of which 32 look-ups, 32 addresses for them and 8 products, 1.7 a weight; what loads, decodes
-// scales and waits comes on top, once a step. The bound is shared memory: 2048 weights are 32 wavefronts of look-ups, 8
-// of codes in, 8 of codes out, 8 of x and 2 of scales, which is 35 weights a clock: 4.1 TB/s of codes on an H200.
+// Counted, not measured on a device (nvcc 13.0 for sm_90a, 2026-11-21). For 2048 weights and 8 rows of x, shared memory
+// has 32 wavefronts of look-ups, 8 of codes in, 8 of codes out, 8 of x and 2 of scales, 58; a warp has 108
+// instructions, 1.7 a weight of a lane, and what loads, decodes scales and waits once a step. 4.8 TB/s of codes and
+// scales need 56 clocks for so many. So for 8 rows and fewer one word of codes in four goes without look-ups, by
+// permutations of bytes: 50 wavefronts, and 140 instructions, of which 72 are of the pipe that permutes, two a clock.
 //
 // Of the 16 columns that an instruction sums, which is which is free, as long as x agrees: what ldmatrix hands a lane
 // of a row of codes, 4 bytes of 16, are 8 neighbouring columns, and 16 bytes of x are the same columns.
 #pragma once
 
-#include "cuda/decode.h"
 #include "cuda/linear_layout.h"
 
 namespace peftrt::cuda {
-
-struct Product {
-  const uint8_t* codes;
-  Scales scales;
-  const uint8_t* x;
-  const void* bias;
-  void* y;
-  float* parts;     // [2 blocks][m][kTileRows]
-  uint64_t* words;  // of the tiles
-  uint64_t ticket;
-  Schedule schedule;
-  int64_t n, k;
-  int m;
-};
 
 // One block of the grid. kTiles: rows of x by 8. kUnit: columns that surely have one scale, 32 or 64.
 template <class T, int kTiles, int kUnit>
@@ -77,6 +63,8 @@ class LinearBlock {
  private:
   static constexpr LinearLayout kLayout = linear_layout(kArchitecture, kTiles);
   static constexpr int kStages = kLayout.stages;
+  // Where little is multiplied, look-ups are the bound: a quarter of the weights goes without.
+  static constexpr bool kMixed = kTiles == 1;
   static constexpr int kUnits = kStepColumns / kUnit;
   static constexpr int kScales = kUnits * kTileRows / kLinearThreads;  // that a thread decodes for a step
   static constexpr int kInputPieces = 8 * kTiles * kInputRow / 16;
@@ -148,14 +136,8 @@ class LinearBlock {
 
   PEFTRT_DEVICE void fill_tables() {
     offset = load_offset(p.scales);
-    uint8_t* table = shared + fixed_offset();
     if (thread < 256) dynamic()[thread] = kDeviceDynamic.value[thread];
-#pragma unroll
-    for (int j = 0; j < 256 * 8 / kLinearThreads; ++j) {
-      const int i = thread + j * kLinearThreads, byte = i / 8;
-      const uint32_t pair = pack<T>(kDeviceNf4.value[byte / 16], kDeviceNf4.value[byte % 16]);
-      *reinterpret_cast<Vector*>(table + byte * kLayout.table_stride + i % 8 * 16) = {{pair, pair, pair, pair}};
-    }
+    fill_pairs<T, kLinearThreads>(shared + fixed_offset(), kLayout.table_stride, thread);
   }
 
   // The levels of byte i of a word of codes, at byte * stride + 4 * lane.
@@ -177,8 +159,8 @@ class LinearBlock {
       const int column = warp_column + 32 * half, row = warp_row + lane;
       uint32_t word[4], a[2][2][4];
       load_matrices(codes + row * kCodeRow + (column / 32 ^ row % 8) * 16, word);
-      expand(word[0], word[1], a[0]);
-      expand(word[2], word[3], a[1]);
+      expand(word[0], word[1], a[0], false);
+      expand(word[2], word[3], a[1], kMixed);
       const int at = column / kUnit * kTileRows + warp_row + lane / 4 * 4;
       const Vector scale = *reinterpret_cast<const Vector*>(scales + at);
 #pragma unroll
@@ -186,14 +168,21 @@ class LinearBlock {
     }
   }
 
-  // Two rows of 32 columns: two instructions' operands.
-  PEFTRT_DEVICE void expand(uint32_t upper, uint32_t lower, uint32_t (&a)[2][4]) const {
+  // Two rows of 32 columns: two instructions' operands. `mixed`: the lower row's without look-ups.
+  PEFTRT_DEVICE void expand(uint32_t upper, uint32_t lower, uint32_t (&a)[2][4], bool mixed) const {
+    uint32_t pair[4];
+    if (mixed) {
+      pairs.expand(lower, pair);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pair[i] = look_up(lower, i);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       a[i][0] = look_up(upper, 2 * i);
-      a[i][1] = look_up(lower, 2 * i);
+      a[i][1] = pair[2 * i];
       a[i][2] = look_up(upper, 2 * i + 1);
-      a[i][3] = look_up(lower, 2 * i + 1);
+      a[i][3] = pair[2 * i + 1];
     }
   }
 
@@ -227,8 +216,7 @@ class LinearBlock {
     if (whole) {
       for_results(tile, [&](int m, int row) { return sums()[m * kSumPitch + row]; });
     } else if (part_is_last(tile)) {
-      const Schedule& s = p.schedule;
-      const int first = s.owner(tile * s.steps), last = s.owner((tile + 1) * s.steps - 1);
+      const int first = p.schedule.first_owner(tile), last = p.schedule.last_owner(tile);
       for_results(tile, [&](int m, int row) {
         float sum = 0.0f;
         for (int from = first; from <= last; ++from)
@@ -265,7 +253,7 @@ class LinearBlock {
   }
 
   PEFTRT_DEVICE float* part(int of, int tile) const {
-    return p.parts + int64_t(part_slot(p.schedule, of, tile)) * p.m * kTileRows;
+    return p.parts + int64_t(p.schedule.part_slot(of, tile)) * p.m * kTileRows;
   }
 
   // Writes this block's part of a tile; true for the block that comes last, which then adds up all parts, its own too,
@@ -278,25 +266,12 @@ class LinearBlock {
     sync_block();
     if (thread == 0) {
       fence_device();
-      last = arrive(tile);
+      const int parts = p.schedule.last_owner(tile) - p.schedule.first_owner(tile) + 1;
+      last = last_to_arrive(p.words + tile, p.ticket, uint64_t(parts));
       fence_device();
     }
     sync_block();
     return last;
-  }
-
-  // Counts the blocks that are done with a tile. Until the first of them the word holds any bytes: a count is one only
-  // under this call's ticket. The last block wipes it out, since a captured graph repeats a call with its ticket.
-  PEFTRT_DEVICE bool arrive(int tile) const {
-    const Schedule& s = p.schedule;
-    const uint64_t parts = uint64_t(s.owner((tile + 1) * s.steps - 1) - s.owner(tile * s.steps) + 1);
-    uint64_t seen = load_of_blocks(p.words + tile);
-    while (true) {
-      const uint64_t done = (seen >> 16 == p.ticket ? seen & 0xffff : 0) + 1;
-      const uint64_t before = compare_and_swap(p.words + tile, seen, done == parts ? 0 : p.ticket << 16 | done);
-      if (before == seen) return done == parts;
-      seen = before;
-    }
   }
 
   const Product& p;
@@ -308,6 +283,7 @@ class LinearBlock {
   Cursor loading, computing;
   int loading_stage = 0, computing_stage = 0;
   StoredScale stored[kScales];
+  PairsInRegisters<T> pairs;
   float total[2][kTiles][4] = {};
 };
 

@@ -1,14 +1,11 @@
 // How a product is cut up, and what lies where in shared memory: known to the kernel and to its launcher alike.
 //
-// The weight is cut into tiles of 128 rows, a tile into steps of 256 columns. The steps of all tiles, in order, are
-// dealt out to one block a multiprocessor in runs as even as they can be, so that a block takes the end of one tile,
-// whole tiles, and the start of another. Neither M nor what else runs has a say in it: a row of y is summed in an order
-// that N, K and the device alone decide.
+// The weight is cut into tiles of 128 rows, a tile into steps of 256 columns, which product.h deals out to the blocks
+// of the grid. Neither M nor what else runs has a say in it: a row of y is summed in an order that N, K and the device
+// alone decide.
 #pragma once
 
-#include <cstdint>
-
-#include "cuda/device.h"
+#include "cuda/product.h"
 
 namespace peftrt::cuda {
 
@@ -19,6 +16,7 @@ constexpr int kInputRow = 2 * kStepColumns;   // and of a row of x
 constexpr int kSumPitch = kTileRows + 4;      // a warp's sums fall into 32 banks
 constexpr int kMaxUnits = kStepColumns / 32;  // scales that a step has of a row, at most
 constexpr int kMaxTiles = 8;                  // of 8 rows of x
+constexpr int64_t kSmallRows = 8 * kMaxTiles;
 
 // What a block may have of an architecture's shared memory.
 constexpr int shared_limit(int arch) {
@@ -58,30 +56,9 @@ constexpr int most_tiles(int arch) {
   return tiles;
 }
 
-// Which steps are whose: blocks take `share` steps, the first `extra` blocks one more. 32-bit: 2^31 steps are 2^46
-// weights.
-struct Schedule {
-  int steps;  // of one tile
-  int blocks, share, extra;
-
-  static PEFTRT_BOTH Schedule of(int64_t n, int64_t k, int multiprocessors) {
-    const int64_t steps = (k + kStepColumns - 1) / kStepColumns;
-    const int64_t total = (n + kTileRows - 1) / kTileRows * steps;
-    const int blocks = total < multiprocessors ? int(total) : multiprocessors;
-    return {int(steps), blocks, int(total / blocks), int(total % blocks)};
-  }
-  PEFTRT_BOTH int start(int block) const { return block * share + (block < extra ? block : extra); }
-  PEFTRT_BOTH int owner(int step) const {
-    const int longer = extra * (share + 1);
-    return step < longer ? step / (share + 1) : extra + (step - longer) / share;
-  }
-};
-
-// The workspace: a word a tile that counts the blocks that are done with their part of it, then the parts, at most two
-// a block: of the tile it starts in, and of the one it ends in.
-PEFTRT_BOTH int64_t ticket_bytes(int64_t n) { return ((n + kTileRows - 1) / kTileRows + 1) / 2 * 16; }
-PEFTRT_BOTH int part_slot(const Schedule& schedule, int block, int tile) {
-  return 2 * block + (schedule.start(block) < tile * schedule.steps);
+constexpr int64_t tiles_of(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
+inline Schedule linear_schedule(int64_t n, int64_t k, int multiprocessors) {
+  return Schedule::of(tiles_of(n), (k + kStepColumns - 1) / kStepColumns, multiprocessors);
 }
 
 }  // namespace peftrt::cuda

@@ -1,7 +1,8 @@
-// nf4_linear for up to 64 rows of x: which kernel, how it is cut, and the one for weights whose rows lie crookedly.
+// nf4_linear: which kernel, how that for a few rows of x is cut, and the one for weights whose rows lie crookedly.
 #include <algorithm>
 
 #include "cuda/linear_kernel.h"
+#include "cuda/wide_layout.h"
 
 namespace peftrt::cuda {
 
@@ -36,11 +37,6 @@ PEFTRT_KERNEL void PEFTRT_BOUNDS(256, 4) linear_any(Product p) {
   }
 }
 
-// Rows of whole pieces of 16 bytes, whose 32 columns have one scale, since blocks are of 32 at least.
-bool straight(const Linear& linear) {
-  return linear.k % 32 == 0 && reinterpret_cast<uintptr_t>(linear.codes) % 16 == 0;
-}
-
 template <class T, int kTiles, int kUnit>
 const char* run_instance(const Product& product, int arch, void* stream) {
   const int shared = linear_layout(arch, kTiles).size;
@@ -56,23 +52,10 @@ const char* run_tiles(const Product& product, int arch, void* stream) {
   return run_instance<T, 8, 32>(product, arch, stream);
 }
 
-Product product_of(const Linear& linear) {
-  Product product = {};
-  product.codes = linear.codes;
-  product.scales = linear.scales;
-  product.x = static_cast<const uint8_t*>(linear.x);
-  product.bias = linear.bias;
-  product.y = linear.y;
-  product.n = linear.n;
-  product.k = linear.k;
-  product.m = int(linear.m);
-  return product;
-}
-
 template <class T>
 const char* run_any(const Linear& linear, void* stream) {
   const int64_t blocks = (linear.n + 7) / 8 * ((linear.m + kAnyRows - 1) / kAnyRows);
-  return launch(linear_any<T>, blocks, 256, 0, stream, product_of(linear));
+  return launch(linear_any<T>, blocks, 256, 0, stream, product_of(linear, {}, 0, 0, nullptr));
 }
 
 template <class T>
@@ -80,6 +63,8 @@ const char* run_straight(const Linear& linear, uint64_t ticket, void* workspace,
   int count = 0, arch = 0;
   if (const char* error = multiprocessors(&count)) return error;
   if (const char* error = architecture(linear_kernel<T, 1, 64>, &arch)) return error;
+  const Schedule schedule = linear_schedule(linear.n, linear.k, count);
+  const bool whole = linear.k % 64 == 0 && linear.scales.shift >= 6;
   // A device of little shared memory takes the rows a few at a time, and reads the weight as often.
   const int64_t most = 8 * most_tiles(arch);
   for (int64_t m = 0; m < linear.m; m += most) {
@@ -87,13 +72,8 @@ const char* run_straight(const Linear& linear, uint64_t ticket, void* workspace,
     part.m = std::min(most, linear.m - m);
     part.x = static_cast<const T*>(linear.x) + m * linear.k;
     part.y = static_cast<T*>(linear.y) + m * linear.n;
-    Product product = product_of(part);
-    product.words = static_cast<uint64_t*>(workspace);
-    product.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + ticket_bytes(linear.n));
-    product.ticket = ticket & 0xffffffffffff;  // the other bits of a word count
-    product.schedule = Schedule::of(linear.n, linear.k, count);
-    const bool wide = linear.k % 64 == 0 && linear.scales.shift >= 6;
-    const char* error = wide ? run_tiles<T, 64>(product, arch, stream) : run_tiles<T, 32>(product, arch, stream);
+    const Product product = product_of(part, schedule, tiles_of(linear.n), ticket, workspace);
+    const char* error = whole ? run_tiles<T, 64>(product, arch, stream) : run_tiles<T, 32>(product, arch, stream);
     if (error != nullptr) return error;
   }
   return nullptr;
@@ -106,20 +86,40 @@ const char* run(const Linear& linear, uint64_t ticket, void* workspace, void* st
   return run_straight<T>(linear, ticket, workspace, stream);
 }
 
+// Whether the kernel of nf4_linear_wide.cu takes a product. At 32 rows and fewer the other has fewer wavefronts of
+// shared memory: 176 for 64 x 64 weights and 32 rows, to 197.
+const char* goes_wide(const Linear& linear, bool* wide) {
+  *wide = false;
+  return linear.m > 32 && linear.k > 0 && straight(linear) ? wide_exists(wide) : nullptr;
+}
+
 }  // namespace
+
+const char* nf4_linear_rows(int64_t* rows) {
+  bool wide = false;
+  const char* error = wide_exists(&wide);
+  *rows = wide ? kWideRows : kSmallRows;
+  return error;
+}
 
 const char* nf4_linear_workspace(const Linear& linear, int64_t* bytes) {
   *bytes = 0;
   if (linear.m == 0 || linear.n == 0 || linear.k == 0 || !straight(linear)) return nullptr;
+  bool wide = false;
+  if (const char* error = goes_wide(linear, &wide)) return error;
+  if (wide) return wide_workspace(linear, bytes);
   int count = 0;
   if (const char* error = multiprocessors(&count)) return error;
-  const int64_t parts = 2 * int64_t(Schedule::of(linear.n, linear.k, count).blocks);
-  *bytes = ticket_bytes(linear.n) + parts * kTileRows * linear.m * int64_t(sizeof(float));
+  const int64_t parts = 2 * int64_t(linear_schedule(linear.n, linear.k, count).blocks);
+  *bytes = words_bytes(tiles_of(linear.n)) + parts * kTileRows * linear.m * int64_t(sizeof(float));
   return nullptr;
 }
 
 const char* nf4_linear(const Linear& linear, uint64_t ticket, void* workspace, void* stream) {
   if (linear.m == 0 || linear.n == 0) return nullptr;
+  bool wide = false;
+  if (const char* error = goes_wide(linear, &wide)) return error;
+  if (wide) return wide_linear(linear, ticket, workspace, stream);
   return linear.dtype == Dtype::kBFloat16 ? run<Bf16>(linear, ticket, workspace, stream)
                                           : run<Fp16>(linear, ticket, workspace, stream);
 }

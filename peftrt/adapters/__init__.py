@@ -5,6 +5,7 @@ from peftrt.adapters.attach import adapt
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
+from peftrt.adapters.fusing import fuse
 from peftrt.adapters.io import load, save
 from peftrt.adapters.merging import merge, unmerge
 from peftrt.adapters.report import AdaptedSite, AdaptReport
@@ -22,6 +23,7 @@ __all__ = [
     "empty_weights",
     "explain",
     "export",
+    "fuse",
     "load",
     "merge",
     "remove",

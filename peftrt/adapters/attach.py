@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,13 +13,16 @@ from torch import nn
 
 from peftrt.adapters.activation import activate
 from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.fusing import fuse as lay_siblings_together
+from peftrt.adapters.fusing import quantized_together, siblings
 from peftrt.adapters.lora_state import LoraState
-from peftrt.adapters.plan import Plan, make_plan, with_task_heads
+from peftrt.adapters.plan import Plan, check_initialisation, make_plan, with_task_heads
 from peftrt.adapters.report import AdaptReport, make_report, model_bytes
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.source import MetaSource
 from peftrt.adapters.state import (
     ModelAdapters,
+    adapter_layers,
     all_or_nothing,
     attach_state,
     base_model_name,
@@ -29,7 +33,8 @@ from peftrt.adapters.state import (
     unwrap,
 )
 from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES
-from peftrt.nn import AdapterLinear, LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import AdapterLinear, LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn.initialisation import parse
 
 
 def adapt(
@@ -44,28 +49,34 @@ def adapt(
     checkpoint: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    fuse: bool = False,
 ) -> AdaptReport:
     """Put a new LoRA adapter on a model, in place, and make it the one that is trained.
 
-    Every target becomes ``y = x W^T + b + s (drop(x) A^T) B^T`` with W frozen, in NF4 where asked. The new adapter is
-    active and
-    the only thing that requires gradients: its matrices, and a copy of each module of ``modules_to_save``. With a
+    Every target becomes ``y = c * (x W^T + s (drop(x) A^T) B^T) + b`` with W frozen, in NF4 where asked; c is 1, or
+    DoRA's (``use_dora``). The new adapter is active and the only thing that requires gradients: its matrices, DoRA's
+    magnitudes, and a copy of each module of ``modules_to_save``. With a
     ``task_type`` of classification or question answering the model's head is among those, as in HF peft. Everything is
     checked before anything is changed; after an error the model is as it was.
 
     Args:
-        model: any module; a Hugging Face one too. ``nn.Linear`` and GPT-2's ``Conv1D`` can be adapted.
-        config: what to adapt, and how.
+        model: any module; a Hugging Face one too. ``nn.Linear``, GPT-2's ``Conv1D`` and ``nn.Embedding`` can be
+            adapted; embeddings stay dense.
+        config: what to adapt, and how. Adapters that begin with the base weight (``init_lora_weights`` "pissa",
+            "loftq") see it before it is quantised; over layers that are NF4 already, PiSSA begins with the dequantised
+            weight and quantises its rest anew, which a warning says, and LoftQ is refused.
         name: of the new adapter. A second one is added to the layers that are there.
         quantize: ``"nf4"`` or None. Weights are quantised one by one, on the device they are on, and released: there is
             never a second copy of the model. A weight stays dense that something else uses as well (a head tied to the
             embedding), or that a Hugging Face model wants in full precision. For a further adapter: as for the first.
         block_size, double_quant: of NF4; see :func:`peftrt.ops.nf4_quantize`.
-        adapter_dtype: of A and B: fp32, bf16 or fp16.
+        adapter_dtype: of A, B and DoRA's magnitudes: fp32, bf16 or fp16.
         checkpoint: for a model without data (built on the meta device, or under :func:`peftrt.empty_weights`): a
             safetensors file, its index or a directory, which is read tensor by tensor while the model is quantised.
         device: where a model without data is built.
         dtype: of its dense weights; by default as in the checkpoint.
+        fuse: multiply layers of one input in one call, see :func:`peftrt.fuse`; with ``quantize`` their weights are
+            quantised as one, which changes their nested scales a little.
 
     Returns:
         A report: what matched and what did not, trainable share, bytes, the kernel of each site.
@@ -75,6 +86,9 @@ def adapt(
             names, UnsupportedError for one that cannot be adapted, AdapterNameError for a name that is taken. Should
             memory run out in the middle of quantising, the weights that were quantised by then stay so, and the error
             says how many.
+
+    Warns:
+        UserWarning: PiSSA over layers that are NF4 already.
 
     Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
     """
@@ -93,25 +107,38 @@ def adapt(
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=base_model_name(model))
     plan = make_plan(model, config, state)
+    check_initialisation(model, config, plan, quantize)
+    if fuse and quantize and parse(config.init_lora_weights).takes_weight:
+        raise ValueError(f"adapt: fuse does not go with init_lora_weights={config.init_lora_weights!r} and quantize")
     bytes_before = model_bytes(model)
+    groups = siblings([path for path in plan.new if path not in plan.dense]) if fuse and quantize else []
+    wrap = partial(_wrap, model, plan, state, storage, groups, _before_quantising(name, config, adapter_dtype))
     attach = partial(_attach_and_train, model, state, name, config, plan, adapter_dtype)
     if checkpoint is not None:
         with MetaSource(model, checkpoint, device, dtype, storage) as source, all_or_nothing(model):
-            _wrap(model, plan, state, storage, source)
+            wrap(source)
             source.fill_rest()
             attach()
     elif quantize is None:
         expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
         with all_or_nothing(model):
-            _wrap(model, plan, state, storage, None)
+            wrap(None)
             attach()
     else:
         expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
         _expect_finite(model, plan)
-        # Quantised weights are released one by one, so that part cannot be taken back.
-        _wrap(model, plan, state, storage, None)
-        with all_or_nothing(model):
-            attach()
+        try:
+            # Quantised weights are released one by one, so that part cannot be taken back.
+            wrap(None)
+            with all_or_nothing(model):
+                attach()
+        except BaseException:
+            for layer in adapter_layers(model, state).values():
+                if name in layer.adapter_names:
+                    layer.remove_adapter(name)
+            raise
+    if fuse:
+        lay_siblings_together(model)
     return make_report(model, state, name, plan, bytes_before)
 
 
@@ -132,18 +159,16 @@ def attach_adapter(
     for path in plan.paths:
         layer = model.get_submodule(path)
         assert isinstance(layer, AdapterLinear)
-        adapter = layer.add_adapter(
-            name,
-            r=config.rank_for(path),
-            lora_alpha=config.alpha_for(path),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init=config.init_lora_weights,
-            adapter_dtype=adapter_dtype,
-        )
+        if name not in layer.adapter_names:  # else it was begun before the weight was quantised
+            options = adapter_options(config, path, adapter_dtype)
+            if tensors is not None or (options["init"] == "loftq" and not isinstance(layer, QLoRALinear)):
+                # a dense base loses nothing that LoftQ could make up for
+                options["init"] = True
+            layer.add_adapter(name, **options)
+        adapter = layer.adapter(name)
         if tensors is not None:
             with torch.no_grad():
-                for parameter, value in zip((adapter.lora_A, adapter.lora_B), tensors.pairs[path], strict=True):
+                for parameter, value in zip(adapter.parameters, tensors.of(path), strict=True):
                     parameter.copy_(value)
     for path in plan.saved:
         module = model.get_submodule(path)
@@ -156,14 +181,27 @@ def attach_adapter(
     attach_state(model, state)
 
 
+def adapter_options(config: LoraConfig, path: str, adapter_dtype: torch.dtype) -> dict[str, Any]:
+    """What ``add_adapter`` is told for the module at ``path``."""
+    return {
+        "r": config.rank_for(path),
+        "lora_alpha": config.alpha_for(path),
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init": config.init_lora_weights,
+        "loftq_config": config.loftq_config,
+        "adapter_dtype": adapter_dtype,
+    }
+
+
 def adapter_parameters(model: nn.Module, name: str, plan: Plan) -> list[nn.Parameter]:
     """What is trained of an adapter."""
     found: list[nn.Parameter] = []
     for path in plan.paths:
         layer = model.get_submodule(path)
         assert isinstance(layer, AdapterLinear)
-        adapter = layer.adapter(name)
-        found += [adapter.lora_A, adapter.lora_B]
+        found += layer.adapter(name).parameters
     for path in plan.saved:
         module = model.get_submodule(path)
         assert isinstance(module, SavedModule)
@@ -174,7 +212,13 @@ def adapter_parameters(model: nn.Module, name: str, plan: Plan) -> list[nn.Param
 def wrap_dense(model: nn.Module, plan: Plan, state: ModelAdapters) -> None:
     """Put layers without adapters in the place of the plan's dense modules; nothing is quantised or copied."""
     for path in plan.paths:
-        _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
+        _swap(model, path, state, _dense_layer)
+
+
+def _dense_layer(module: nn.Module) -> AdapterLinear:
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding.from_embedding(module, r=None)
+    return LoRALinear.from_linear(module, r=None)
 
 
 def _attach_and_train(
@@ -187,21 +231,46 @@ def _attach_and_train(
     activate(model, state, {name: 1.0})
 
 
+def _before_quantising(name: str, config: LoraConfig, adapter_dtype: torch.dtype) -> Callable[[str], dict[str, Any]]:
+    """What QLoRALinear is told of the adapter at a path: nothing, unless it begins with the weight as it was."""
+    if not parse(config.init_lora_weights).takes_weight:
+        return lambda path: {"r": None}
+    return lambda path: {"adapter_name": name, **adapter_options(config, path, adapter_dtype)}
+
+
 def _wrap(
-    model: nn.Module, plan: Plan, state: ModelAdapters, storage: dict[str, Any], source: MetaSource | None
+    model: nn.Module,
+    plan: Plan,
+    state: ModelAdapters,
+    storage: dict[str, Any],
+    groups: list[list[str]],
+    begin: Callable[[str], dict[str, Any]],
+    source: MetaSource | None,
 ) -> None:
-    """Bring every target into the form that holds adapters, quantised where asked, and release what it was made of."""
+    """Bring every target into the form that holds adapters, quantised where asked, and release what it was made of.
+
+    ``groups``: paths whose weights are quantised together.
+    """
+    together = {path: group for group in groups for path in group}
+    made: dict[str, Any] = {}
     options = {key: value for key, value in storage.items() if key != "quantize"}
     paths = plan.paths if source is None else source.in_file_order(plan.paths)
     done = 0
     try:
         for path in paths:
-            if source is not None:
-                source.fill(path)
+            group = together.pop(path, [path])
+            for member in group:
+                together.pop(member, None)
+                if source is not None and member not in made:
+                    source.fill(member)
+            if len(group) > 1:
+                makers = quantized_together(model, group, options)
+                made.update(zip(group, makers or [None] * len(group), strict=True))
             if storage["quantize"] is None or path in plan.dense:
-                _swap(model, path, state, lambda module: LoRALinear.from_linear(module, r=None))
+                _swap(model, path, state, _dense_layer)
             else:
-                _swap(model, path, state, lambda module: QLoRALinear.from_linear(module, r=None, **options))
+                make = made.pop(path, None) or partial(QLoRALinear.from_linear, **begin(path), **options)
+                _swap(model, path, state, make)
                 done += path in plan.new
             state.storage = storage
             attach_state(model, state)
@@ -255,7 +324,7 @@ def _expect_unmerged(state: ModelAdapters) -> None:
 
 def _expect_finite(model: nn.Module, plan: Plan) -> None:
     """NaN cannot be quantised: it would become a number."""
-    for path in plan.new:
+    for path in [path for path in plan.new if path not in plan.dense]:
         weight = model.get_submodule(path).weight
         assert isinstance(weight, torch.Tensor)
         # A sum is one pass without a temporary of the weight's size; only where it is not finite, look closer.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftrt.adapters.pattern import compile_bounded
 from peftrt.adapters.peft_fields import read_fields
 from peftrt.formats.errors import ConfigError, UnsupportedError
+from peftrt.nn import initialisation
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536
@@ -41,9 +42,13 @@ class LoraConfig:
         lora_dropout: probability in [0, 1) that an element of the adapter's input is dropped in training.
         bias: "none"; peft's "all" and "lora_only" are not supported.
         fan_in_fan_out: the base stores [in, out], as GPT-2's Conv1D does.
+        use_dora: the rows' magnitudes are trained apart: y = c * (x W^T + scaling * (x A^T) B^T) with c = m / ||W +
+            scaling * B A|| (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
         use_rslora: scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         init_lora_weights: True (A Kaiming-uniform, B zero; Hu et al. 2021, https://arxiv.org/abs/2106.09685),
-            "gaussian" (A normal with deviation 1/r, B zero), or False (both random).
+            "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "loftq", or False (both random); see
+            ``peftrt.nn.initialisation``. PiSSA's and LoftQ's begin with the base weight and change the base.
+        loftq_config: of "loftq": {"loftq_bits": 4, "loftq_iter": n}; n = 1 by default.
         rank_pattern, alpha_pattern: regular expression for the end of a path -> its own r or lora_alpha; the first that
             matches holds.
         layers_to_transform, layers_pattern: only layers of these indices; the name of the list of layers.
@@ -63,7 +68,9 @@ class LoraConfig:
     bias: str = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, int] = field(default_factory=dict)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
@@ -106,11 +113,23 @@ class LoraConfig:
     def targets_all_linear(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
+    def with_doubled_ranks(self) -> LoraConfig:
+        """The same scalings at twice the ranks, for the change of an adapter that began with a part of the base."""
+        factor = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=factor * self.lora_alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights=True,
+        )
+
     def to_peft_dict(self, *, inference_mode: bool = True) -> dict[str, Any]:
         """The contents of peft's ``adapter_config.json``; what peft saves is marked for inference."""
         fields = {name: _json_value(getattr(self, name)) for name in self.__dataclass_fields__}
         # Named although they are peft's defaults: programs that are not peft look for them.
-        return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "use_dora": False, "lora_bias": False}
+        return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "lora_bias": False}
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
@@ -152,7 +171,7 @@ class LoraConfig:
             self._keep("modules_to_save", names or None)
 
     def _check_switches(self) -> None:
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!a}")
         _number("lora_dropout", self.lora_dropout)
@@ -162,18 +181,33 @@ class LoraConfig:
             raise UnsupportedError(f"bias: {self.bias!r} trains the base's biases, which is not supported; use 'none'")
         if self.bias != "none":
             raise ConfigError(f"bias: expected 'none', got {self.bias!a}")
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian":
-            raise UnsupportedError(
-                f"init_lora_weights: {self.init_lora_weights!a} is not supported; use True, False or 'gaussian'"
-            )
-        if not isinstance(self.init_lora_weights, bool | str):
-            raise ConfigError(f"init_lora_weights: expected true, false or 'gaussian', got {self.init_lora_weights!a}")
+        self._check_initialisation()
         for name in ("task_type", "base_model_name_or_path", "revision"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}: expected a string, got {value!a}")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {self.task_type!a}")
+
+    def _check_initialisation(self) -> None:
+        init, loftq = self.init_lora_weights, self.loftq_config
+        if not isinstance(init, bool | str):
+            raise ConfigError(f"init_lora_weights: expected {initialisation.EXPECTED}, got {init!a}")
+        try:
+            kind = initialisation.parse(init).kind
+        except ValueError:
+            raise UnsupportedError(
+                f"init_lora_weights: {init!a} is not supported; use {initialisation.EXPECTED} (of peft's, "
+                f"{', '.join(initialisation.UNSUPPORTED)} are not there)"
+            ) from None
+        if not isinstance(loftq, Mapping) or (loftq and kind != "loftq"):
+            raise ConfigError(f"loftq_config: expected a map, with init_lora_weights 'loftq' only, got {loftq!a}")
+        if kind == "loftq":
+            try:
+                initialisation.loftq_iterations(loftq)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            self._keep("loftq_config", {**initialisation.LOFTQ_DEFAULTS, **loftq})
 
     def _check_patterns(self) -> None:
         for name, check in (("rank_pattern", _rank), ("alpha_pattern", _number)):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftrt import ops
 from peftrt.adapters.state import unwrap
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import AdapterLinear, NF4Linear
+from peftrt.nn import AdapterLinear, LoRAEmbedding, NF4Linear
 from peftrt.ops._backend import Choice
 from peftrt.ops._define import NAMESPACE, OPS
 
@@ -31,19 +31,24 @@ class SiteChoice:
     """What serves one site.
 
     Attributes:
-        op: the operation: ``lora_linear``, ``nf4_linear``, or ``linear`` (torch's own) for a dense base without an
-            active adapter.
+        op: the operation: ``lora_linear``, ``nf4_linear``, ``linear`` (torch's own) for a dense base without an active
+            adapter, or ``embedding`` (torch's own), with or without.
         backend: ``native``, ``triton``, ``reference``, or ``torch``.
         reasons: backend -> why it does not serve the site.
+        first: what serves an operation that has to run before: the norms that DoRA divides by.
+        layers: how many are multiplied in the call, see :func:`peftrt.fuse`.
     """
 
     op: str
     backend: str
     reasons: dict[str, str] = field(default_factory=dict)
+    first: SiteChoice | None = None
+    layers: int = 1
 
     def __str__(self) -> str:
         against = "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
-        return f"{self.op} by {self.backend}{against}"
+        together = f", {self.layers} layers in one call" if self.layers > 1 else ""
+        return f"{self.op} by {self.backend}{together}{against}" + (f"; after {self.first}" if self.first else "")
 
 
 @dataclass(frozen=True)
@@ -100,16 +105,33 @@ def explain(target: nn.Module | str | Callable[..., Any], *args: Any, **kwargs: 
 def site_choice(layer: nn.Module) -> SiteChoice:
     """What serves one row through the layer, with the adapters that are active."""
     assert isinstance(layer, AdapterLinear | NF4Linear)
+    if isinstance(layer, LoRAEmbedding):
+        # a few rows are gathered: there is nothing for a kernel of its own to save
+        return SiteChoice("embedding", "torch")
     weight = layer.base_weight()
     dtype = weight.dtype
     x = torch.empty(1, layer.in_features, dtype=dtype, device=weight.device)
     bias = layer.bias if layer.bias is None or layer.bias.dtype == dtype else layer.bias.to(dtype)
-    if isinstance(layer, AdapterLinear) and layer.active and layer.merged is None:
-        adapter = layer.adapter(next(iter(layer.active)))
-        return _call_choice("lora_linear", (x, weight, adapter.lora_A, adapter.lora_B, adapter.scaling, bias), {})
+    if isinstance(layer, AdapterLinear) and layer.merged is None and not layer.is_bare(layer.active):
+        choice = _adapted_choice(layer, x, weight, bias)
+        fused = layer.fused is not None and layer.fused.weight() is not None
+        return replace(choice, layers=len(layer.fused.layers)) if fused else choice  # type: ignore[union-attr]
     if isinstance(weight, NF4Weight):
         return _call_choice("nf4_linear", (x, weight, bias), {})
     return SiteChoice("linear", "torch")
+
+
+def _adapted_choice(layer: AdapterLinear, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> SiteChoice:
+    term = [*layer.terms(layer.active), *layer.principal_terms(layer.active)][0]
+    operands = (weight, term.lora_A, term.lora_B, term.scaling)
+    options: dict[str, Any] = {"dropout_p": term.dropout if layer.training else 0.0, "seed": 0}
+    magnitude = layer.adapter(next(iter(layer.active))).magnitude if layer.active else None
+    if magnitude is None:
+        return _call_choice("lora_linear", (x, *operands, bias), options)
+    options["row_scale"] = magnitude
+    return replace(
+        _call_choice("lora_linear", (x, *operands, bias), options), first=_call_choice("lora_weight_norm", operands, {})
+    )
 
 
 class _Asked(Exception):  # noqa: N818 - it carries an answer

@@ -20,7 +20,7 @@ from peftrt.formats.errors import FormatError
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
 from peftrt.formats.stream import Promise, write_stream
 from peftrt.nn import AdapterLinear, NF4Linear
-from peftrt.nn.adapter_linear import as_weights
+from peftrt.nn.adapter import as_weights
 
 _CONFIG = "config.json"
 
@@ -48,8 +48,9 @@ def export(
     """Write the merged dense model as safetensors, which ``from_pretrained`` of transformers loads where it is one of
     theirs.
 
-    ``W + sum_a w_a s_a B_a A_a``, summed in fp32 and rounded once to ``dtype``, also over an NF4 base. The model is not
-    changed, and one tensor at a time is in memory. Everything appears at ``path`` together, or nothing.
+    ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter, summed in fp32 and rounded once to
+    ``dtype``, also over an NF4 base. The model is not changed, and one tensor at a time is in memory. Everything
+    appears at ``path`` together, or nothing.
 
     Args:
         model: any module; without adapters, the dense weights of its NF4 layers are written.
@@ -59,7 +60,7 @@ def export(
         max_shard_bytes: larger models are written in several files with an index.
 
     Raises:
-        ValueError: an unknown name, another than the merged one, or a model without data.
+        ValueError: an unknown name, another than the merged one, a DoRA adapter with others, or a model without data.
         FormatError: a model is there already.
         OSError: the disk is full or cannot be written.
     """
@@ -141,19 +142,23 @@ def _plain(name: str, tensor: Tensor, dtype: torch.dtype) -> _Entry:
 def _linear(layer: Any, prefix: str, weights: Mapping[str, float], dtype: torch.dtype) -> Iterator[_Entry]:
     n, k = layer.out_features, layer.in_features
     held: dict[str, float] = {}
+    bare = True
     if isinstance(layer, AdapterLinear) and layer.merged is None:
         held = {name: weight for name, weight in weights.items() if name in layer.adapter_names}
+        bare = layer.is_bare(held)
 
     def make() -> Tensor:
-        base = layer.base_weight()
-        if isinstance(base, NF4Weight):
-            base = base.dequantize(torch.float32)
         with torch.no_grad():
-            merged = (base.float() + layer.delta_weight(held)).to(dtype) if held else base.detach().to(dtype)
+            if bare:
+                base = layer.base_weight()
+                wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach()
+                merged = wide.to(dtype)
+            else:
+                merged = layer.adapted_weight(held).to(dtype)
         return merged.t() if layer._transposed else merged
 
     shape = (k, n) if layer._transposed else (n, k)
-    tie: Any = ("merged", id(layer)) if held else id(layer.weight)
+    tie: Any = id(layer.weight) if bare else ("merged", id(layer))
     origin = layer.original_weight() if isinstance(layer, AdapterLinear) else layer.weight
     yield _Entry(Promise(f"{prefix}weight", dtype, shape), make, tie, id(origin))
     if layer.bias is not None:

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dens
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
 from peftrt.adapters.match import matches
-from peftrt.adapters.plan import Plan, cannot_adapt, is_linear, output_head
+from peftrt.adapters.plan import Plan, cannot_adapt, is_embedding, is_linear, output_head, sizes
 from peftrt.adapters.saved import SavedModule, check_tensors
 from peftrt.adapters.state import (
     ModelAdapters,
@@ -33,7 +32,7 @@ from peftrt.adapters.state import (
 from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.formats.peft_dir import CONFIG_NAME, find_peft_dir, join_key, read_peft_dir, write_peft_dir
-from peftrt.nn import AdapterLinear
+from peftrt.nn import AdapterLinear, NF4Linear
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -41,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     ``adapter_model.safetensors``.
 
     The files are at ``path`` itself, whatever the adapter's name. An adapter that is there is replaced whole or not at
-    all.
+    all. One that began with PiSSA is written as the change of the original weight that it makes, of twice its rank, so
+    that it can be loaded over the plain base; one that began with LoftQ is written as it is.
 
     Args:
         model: a model with adapters.
@@ -51,6 +51,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     Raises:
         ValueError: no such adapter, or none is named among several.
         OSError: the directory cannot be written; what was there is intact.
+
+    Warns:
+        UserWarning: the adapter began with LoftQ: it belongs to the NF4 base that was made with it.
     """
     state = expect_state(model, "save")
     name = _the_one(state, name, "save")
@@ -58,22 +61,42 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     tensors: dict[str, Tensor] = {}
     layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
     for module_path, layer in layers.items():
-        adapter = layer.adapter(name)
-        tensors[join_key(module_path, "lora_A")] = adapter.lora_A.detach()
-        tensors[join_key(module_path, "lora_B")] = adapter.lora_B.detach()
+        lora_A, lora_B = _change(layer, name)
+        for part, half in zip(layer.fields[:2], (lora_A, lora_B), strict=True):
+            tensors[join_key(module_path, part)] = half
+        magnitude = layer.adapter(name).magnitude
+        if magnitude is not None:
+            tensors[join_key(module_path, "lora_magnitude_vector")] = magnitude.detach()
     for module_path, module in saved_modules(model, state).items():
         if name in module.copy_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
                 tensors[join_key(module_path, "saved", leaf)] = tensor
     config = state.configs[name]
+    if any(layer.principal_pair(name) for layer in layers.values()):
+        config = config.with_doubled_ranks()
+    if config.init_lora_weights == "loftq":
+        warnings.warn(
+            f"save: adapter {name!r} began with LoftQ: it belongs to the NF4 base that was made with it",
+            UserWarning,
+            stacklevel=2,
+        )
     if config.targets_all_linear:
         # what "all-linear" means depends on the reader's version and on the model's class: the modules are named, as by
         # peft
         config = replace(config, target_modules=tuple(sorted(layers)))
-    transposed = any(layer._transposed for layer in layers.values())
+    transposed = any(layer._transposed and not is_embedding(layer) for layer in layers.values())
     base = base_model_name(model) or config.base_model_name_or_path
     config = replace(config, fan_in_fan_out=config.fan_in_fan_out or transposed, base_model_name_or_path=base)
     write_peft_dir(path, config.to_peft_dict(), tensors)
+
+
+def _change(layer: AdapterLinear, name: str) -> tuple[Tensor, Tensor]:
+    """A and B of the change that an adapter makes to the layer's original weight."""
+    adapter, pair = layer.adapter(name), layer.principal_pair(name)
+    if pair is None:
+        return adapter.lora_A.detach(), adapter.lora_B.detach()
+    # s (B A - B0 A0): the adapter began with a part of the weight, which is no change
+    return torch.cat([adapter.lora_A.detach(), pair[0]]), torch.cat([adapter.lora_B.detach(), -pair[1]], dim=1)
 
 
 def load(
@@ -102,7 +125,7 @@ def load(
         trainable: whether it requires gradients.
         replace: take the place of an adapter of that name; whether it is active stays.
         allow_nonfinite: accept NaN and infinity.
-        adapter_dtype: of A and B in the model.
+        adapter_dtype: of A, B and DoRA's magnitudes in the model.
 
     Returns:
         The adapter's configuration.
@@ -113,7 +136,8 @@ def load(
         ValueError: the name is taken, or adapters are merged.
 
     Warns:
-        UserWarning: the adapter was made for a base of another name.
+        UserWarning: the adapter was made for a base of another name, or for the NF4 base that LoftQ made with it; or
+            the file holds an embedding or a head, as peft writes them along, that is not the model's, which is kept.
     """
     if adapter_dtype not in FLOAT_DTYPES:
         raise TypeError(f"load: adapter_dtype must be fp32, bf16 or fp16, got {adapter_dtype!r}")
@@ -130,6 +154,10 @@ def load(
     parts = validate_lora_tensors(config, tensors, directory)
     plan = _fit(model, config, state, parts, directory)
     _compare_base(model, config, source)
+    _compare_tensors(model, parts, directory)
+    if config.init_lora_weights == "loftq":
+        told = "it began with LoftQ and belongs to the NF4 base that was made with it: over another it means less"
+        warnings.warn(f"{source}: {told}", UserWarning, stacklevel=2)
     with all_or_nothing(model):
         active = dict(state.active)
         first = not state.configs
@@ -186,7 +214,11 @@ def _fit(model: nn.Module, config: LoraConfig, state: ModelAdapters, parts: Lora
         reason = cannot_adapt(module, state)
         if reason is not None:
             raise FormatError(f"{source}: module {path!a} cannot be adapted: {reason}")
-        n, k = _sizes(module)
+        if is_embedding(module) != (path in parts.embeddings):
+            kind = "an embedding" if path in parts.embeddings else "a linear layer"
+            found = "an embedding" if is_embedding(module) else type(module).__name__
+            raise FormatError(f"{source}: module {path!a}: the tensors are of {kind}, the module is {found}")
+        n, k = sizes(module)
         if (lora_B.shape[0], lora_A.shape[1]) != (n, k):
             raise FormatError(
                 f"{source}: module {path!a}: lora_A is {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, for "
@@ -195,7 +227,8 @@ def _fit(model: nn.Module, config: LoraConfig, state: ModelAdapters, parts: Lora
         (plan.existing if isinstance(module, AdapterLinear) else plan.new).append(path)
     head = output_head(model, config)
     for path, module in modules.items():
-        if not path or path in parts.pairs or not is_linear(module) or (config.targets_all_linear and module is head):
+        named = is_linear(module) or (is_embedding(module) and not config.targets_all_linear)
+        if not path or path in parts.pairs or not named or (config.targets_all_linear and module is head):
             continue
         if matches(path, config):
             raise FormatError(f"{source}: no tensors for {path!a}, which target_modules names: made for another base?")
@@ -218,13 +251,28 @@ def _expect_module(modules: Mapping[str, nn.Module], path: str, source: str) -> 
     return modules[path]
 
 
-def _sizes(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Linear) or hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    return module.weight.shape[1], module.weight.shape[0]
-
-
 def _compare_base(model: nn.Module, config: LoraConfig, source: str) -> None:
     here, there = base_model_name(model), config.base_model_name_or_path
     if here and there and here.rstrip("/") != there.rstrip("/"):
         warnings.warn(f"{source}: made for the base {there!a}, the model is {here!a}", UserWarning, stacklevel=3)
+
+
+def _compare_tensors(model: nn.Module, parts: LoraState, source: str) -> None:
+    """peft writes the tensors of adapted embeddings and heads along, and would load them over the model's."""
+    for path, tensors in parts.bases.items():
+        module = model.get_submodule(path)
+        if isinstance(module, NF4Linear) or (isinstance(module, AdapterLinear) and not module.is_bare({})):
+            continue  # stored in another form
+        for name, theirs in tensors.items():
+            ours = getattr(module, name, None)
+            if not isinstance(ours, Tensor) or not _same(ours.detach(), theirs):
+                told = f"another {path}.{name} than the model's, which is kept: the adapter was trained over the other"
+                warnings.warn(f"{source}: holds {told}", UserWarning, stacklevel=3)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal once both are rounded to the dtype of either."""
+    if ours.shape != theirs.shape:
+        return False
+    theirs = theirs.to(ours.device)
+    return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))

@@ -10,8 +10,10 @@ import torch
 from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.match import matches, unmatched_targets
 from peftrt.formats.errors import FormatError, UnsupportedError
-from peftrt.formats.peft_dir import split_key
+from peftrt.formats.peft_dir import join_key, split_key
+from peftrt.nn.lora_embedding import NO_DORA
 
+_EMBEDDING = "lora_embedding_"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,12 +22,23 @@ class LoraState:
     """An adapter's tensors by module.
 
     Attributes:
-        pairs: path -> (lora_A [R, K], lora_B [N, R]).
+        pairs: path -> (lora_A [R, K], lora_B [N, R]); of an embedding of V words of D features, K = V and N = D.
+        embeddings: paths in ``pairs`` that must be embeddings.
+        bases: path in ``pairs`` -> tensors of the module itself by name, which peft writes along for some.
+        magnitudes: path -> DoRA's magnitudes [N]; every path of ``pairs``, or none.
         saved: path of a module in ``modules_to_save`` -> its parameters and buffers by name.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    bases: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def of(self, path: str) -> tuple[torch.Tensor, ...]:
+        """The module's tensors, in the order of ``Adapter.parameters``."""
+        magnitude = self.magnitudes.get(path)
+        return self.pairs[path] if magnitude is None else (*self.pairs[path], magnitude)
 
 
 def validate_lora_tensors(
@@ -40,8 +53,9 @@ def validate_lora_tensors(
 
     Raises:
         UnsupportedError: a ``lora_B.bias``.
-        FormatError: a key of no known form, A without B, a shape, rank or dtype that does not fit, a module that
-            ``target_modules`` does not name, or a target that no tensor answers to.
+        FormatError: a key of no known form, A without B, magnitudes without ``use_dora`` or the other way round, a
+            shape, rank or dtype that does not fit, a module that ``target_modules`` does not name, or a target that no
+            tensor answers to.
     """
     halves: dict[str, dict[str, torch.Tensor]] = {}
     state = LoraState()
@@ -52,16 +66,29 @@ def validate_lora_tensors(
             raise FormatError(f"{source}: {error}") from None
         if part == "lora_B.bias":
             raise UnsupportedError(f"{source}: key {key!a}: a bias of lora_B (lora_bias) is not supported")
-        if part == "saved":
-            state.saved.setdefault(path, {})[leaf] = tensor
+        if part in ("saved", "base"):
+            (state.saved if part == "saved" else state.bases).setdefault(path, {})[leaf] = tensor
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.ndim != 2 or 0 in tensor.shape:
-            raise FormatError(f"{source}: key {key!a}: expected a matrix that is not empty, got {tuple(tensor.shape)}")
+        if part == "lora_magnitude_vector" and not config.use_dora:
+            raise FormatError(
+                f"{source}: key {key!a}: magnitudes of DoRA, but the configuration's use_dora is not true"
+            )
+        shape, dimensions = ("vector", 1) if part == "lora_magnitude_vector" else ("matrix", 2)
+        if tensor.ndim != dimensions or 0 in tensor.shape:
+            raise FormatError(f"{source}: key {key!a}: expected a {shape} that is not empty, got {tuple(tensor.shape)}")
+        if part.startswith(_EMBEDDING):
+            state.embeddings.add(path)
+            if config.use_dora:
+                raise UnsupportedError(f"{source}: key {key!a}: {NO_DORA}")
         halves.setdefault(path, {})[part] = tensor
     for path, parts in halves.items():
         state.pairs[path] = _pair(path, parts, config, source)
+        if config.use_dora:
+            state.magnitudes[path] = _magnitude(path, parts, source)
+    if strays := sorted(state.bases.keys() - state.pairs.keys()):
+        raise FormatError(f"{source}: module {strays[0]!a} has tensors of its own, but no adapter")
     unmatched = unmatched_targets(config, state.pairs)
     if unmatched:
         raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
@@ -71,10 +98,14 @@ def validate_lora_tensors(
 def _pair(
     path: str, parts: Mapping[str, torch.Tensor], config: LoraConfig, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+    kind = _EMBEDDING if any(part.startswith(_EMBEDDING) for part in parts) else "lora_"
+    names = (f"{kind}A", f"{kind}B")
+    for part in names:
         if part not in parts:
-            raise FormatError(f"{source}: module {path!a} has {other} but no {part}")
-    lora_a, lora_b = parts["lora_A"], parts["lora_B"]
+            raise FormatError(f"{source}: module {path!a} has {', '.join(sorted(parts))} but no {part}")
+    if len(parts.keys() - {"lora_magnitude_vector"}) > 2:
+        raise FormatError(f"{source}: module {path!a} has the matrices of a linear layer and of an embedding")
+    lora_a, lora_b = (parts[part] for part in names)
     if not matches(path, config):
         raise FormatError(f"{source}: module {path!a} has tensors, but the configuration does not target it")
     if lora_a.shape[0] != lora_b.shape[1]:
@@ -89,3 +120,15 @@ def _pair(
             f"(r or rank_pattern)"
         )
     return lora_a, lora_b
+
+
+def _magnitude(path: str, parts: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
+    key = join_key(path, "lora_magnitude_vector")
+    if "lora_magnitude_vector" not in parts:
+        raise FormatError(f"{source}: the configuration's use_dora is true, but there is no key {key!a}")
+    magnitude, rows = parts["lora_magnitude_vector"], parts["lora_B"].shape[0]
+    if magnitude.shape[0] != rows:
+        raise FormatError(
+            f"{source}: key {key!a}: expected {rows} magnitudes, one a row of lora_B, got {len(magnitude)}"
+        )
+    return magnitude

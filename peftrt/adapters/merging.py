@@ -9,7 +9,7 @@ from torch import nn
 from peftrt.adapters.activation import activate, set_active
 from peftrt.adapters.state import adapter_layers, all_or_nothing, expect_state, unwrap
 from peftrt.nn import AdapterLinear, QLoRALinear
-from peftrt.nn.adapter_linear import as_weights
+from peftrt.nn.adapter import as_weights
 
 # Sites that are requantised on trial to tell how much would be lost.
 _SAMPLE = 8
@@ -18,8 +18,9 @@ _SAMPLE = 8
 def merge(model: nn.Module, names: str | Mapping[str, float] | None = None, *, force: bool = False) -> None:
     """Add adapters to the base weights: ``W + sum_a w_a s_a B_a A_a``, rounded to the weights' dtype.
 
-    The adapters are the active ones afterwards. What is overwritten is kept, so that :func:`unmerge` gives the same
-    bits; :func:`export` writes a merged model without changing this one.
+    A DoRA adapter's sum is multiplied by its factors: ``c * (W + s B A)``. The adapters are the active ones afterwards.
+    What is overwritten is kept, so that :func:`unmerge` gives the same bits; :func:`export` writes a merged model
+    without changing this one.
 
     Args:
         model: a model with adapters.

@@ -12,10 +12,8 @@ from peftrt.formats.errors import ConfigError, UnsupportedError
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "trainable_token_indices": (None, [], {}),
-    "loftq_config": (None, {}),
     "corda_config": (None, {}),
     "lora_ga_config": (None, {}),
-    "use_dora": (False, None),
     "velora_config": (None, {}),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
@@ -38,7 +36,7 @@ WITHOUT_EFFECT = frozenset(
 CODE_FIELDS = frozenset({"auto_map", "custom_code", "trust_remote_code", "custom_pipelines"})
 
 # Ways to draw the initial A and B that leave the base as it is: the tensors of the file replace what they drew.
-_INIT_WITHOUT_EFFECT = ("eva", "orthogonal", "mica")
+_INIT_WITHOUT_EFFECT = ("eva", "mica")
 
 # What an unknown field may hold: a later peft writes its new fields at defaults that mean "off".
 _OFF: tuple[Any, ...] = (None, False, [], {})
@@ -77,12 +75,21 @@ def read_fields(values: Mapping[str, Any], source: str, known: frozenset[str]) -
         elif name not in WITHOUT_EFFECT and not _is_one_of(value, NEUTRAL.get(name, _OFF)):
             what = "is not supported" if name in NEUTRAL else "is not a field that peftrt knows"
             raise UnsupportedError(f"{source}: {name} = {_shown(value)} {what} and may change the result")
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
         # Older versions of peft wrote null for "none".
         if name in fields and fields[name] is None:
             fields[name] = {}
-    if fields.get("init_lora_weights") in _INIT_WITHOUT_EFFECT:
+    if fields.get("use_dora", False) is None:
+        fields["use_dora"] = False
+    init = fields.get("init_lora_weights")
+    if init in _INIT_WITHOUT_EFFECT:
         fields["init_lora_weights"] = True
+    if isinstance(init, str) and init.startswith("pissa"):
+        raise UnsupportedError(
+            f"{source}: init_lora_weights {_shown(init)} is not supported in a file: its tensors belong to the base "
+            "without its principal part; have peft convert them (save_pretrained with "
+            "path_initial_model_for_weight_conversion), or save them with peftrt.save, which always does"
+        )
     return fields
 
 

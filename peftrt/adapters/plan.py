@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,10 @@ from peftrt.adapters.match import is_excluded, matches, saves_module, unmatched_
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import ConfigError, UnsupportedError
-from peftrt.nn import AdapterLinear, NF4Linear
-from peftrt.nn.source import is_conv1d, unsuitable
+from peftrt.nn import AdapterLinear, LoRAEmbedding, NF4Linear
+from peftrt.nn.initialisation import parse, refusal
+from peftrt.nn.lora_embedding import NO_DORA, refused_start
+from peftrt.nn.source import is_conv1d, unsuitable, unsuitable_embedding
 
 # peft's names of the heads that a task trains whole, because they come untrained.
 _HEADS = {
@@ -64,7 +67,8 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
 
     Raises:
         ConfigError: a target, pattern or module to save that matches nothing (the message has close names).
-        UnsupportedError: a target that is no linear module, or that cannot be replaced; the message says why.
+        UnsupportedError: a target that is neither linear nor an embedding, or that cannot be replaced; the message says
+            why.
     """
     if is_linear(model):
         raise UnsupportedError(
@@ -88,8 +92,65 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
             excluded = is_excluded(path, config)
             plan.left_out[path] = "excluded" if excluded else "not among target_modules"
     _check_everything_matched(model, config, plan)
-    plan.dense = _kept_precise(model, plan.new) | _shared_weights(model, plan.new)
+    tables = [path for path in plan.new if is_embedding(model.get_submodule(path))]
+    looked_up = dict.fromkeys(tables, "the rows of an embedding are looked up, not multiplied")
+    plan.dense = _kept_precise(model, plan.new) | _shared_weights(model, plan.new) | looked_up
     return plan
+
+
+def check_initialisation(model: nn.Module, config: LoraConfig, plan: Plan, quantize: str | None) -> None:
+    """Whether every module of the plan can begin as ``init_lora_weights`` says.
+
+    Raises:
+        ConfigError: a rank or scaling that the initialisation cannot have.
+        UnsupportedError: a base that it cannot change: one that is shared, or, for LoftQ, one that is not being
+            quantised.
+
+    Warns:
+        UserWarning: PiSSA over layers that are NF4 already.
+    """
+    init = config.init_lora_weights
+    for path in plan.paths:
+        if is_embedding(model.get_submodule(path)):
+            if config.use_dora:
+                raise UnsupportedError(f"use_dora: {path}: {NO_DORA}")
+            if init != "loftq" and (reason := refused_start(init)) is not None:
+                raise UnsupportedError(f"init_lora_weights: {path}: {reason}")
+            continue
+        n, k = sizes(model.get_submodule(path))
+        reason = refusal(init, config.rank_for(path), config.scaling_for(path), n, k)
+        if reason is not None:
+            raise ConfigError(f"init_lora_weights: {path}: {reason}")
+    if not parse(init).takes_weight:
+        return
+    quantized = [path for path in plan.paths if isinstance(model.get_submodule(path), NF4Linear)]
+    if init == "loftq":
+        if quantize is None:
+            raise UnsupportedError(
+                "init_lora_weights: 'loftq' begins with what quantisation loses: pass quantize='nf4'"
+            )
+        if quantized:
+            raise UnsupportedError(
+                f"init_lora_weights: 'loftq' needs the weight as it was before it was quantised; {quantized[0]} is NF4 "
+                "already"
+            )
+        return
+    for path, reason in _shared_weights(model, plan.paths).items():
+        raise UnsupportedError(f"init_lora_weights: {init!r} would change {path}, but {reason}")
+    if quantized:
+        warnings.warn(
+            f"adapt: {init!r} begins with the dequantised weight of {len(quantized)} layers that are NF4 already, and "
+            "quantises what is left of it anew: without the adapter they compute the same up to the error of that",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def sizes(module: Any) -> tuple[int, int]:
+    """N and K of a module that can be adapted."""
+    if isinstance(module, nn.Linear) or hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    return module.weight.shape[1], module.weight.shape[0]
 
 
 def _sort_in(
@@ -113,7 +174,13 @@ def _sort_in(
 
 def is_linear(module: nn.Module) -> bool:
     """What "all-linear" means."""
-    return isinstance(module, nn.Linear | AdapterLinear | NF4Linear) or is_conv1d(module)
+    linear = isinstance(module, nn.Linear | AdapterLinear | NF4Linear) and not isinstance(module, LoRAEmbedding)
+    return linear or is_conv1d(module)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether an adapter over the module is an embedding's."""
+    return isinstance(module, nn.Embedding | LoRAEmbedding)
 
 
 def cannot_adapt(module: nn.Module, state: ModelAdapters) -> str | None:
@@ -134,7 +201,7 @@ def cannot_adapt(module: nn.Module, state: ModelAdapters) -> str | None:
         )
     if "forward" in module.__dict__:
         return f"the forward of this {type(module).__name__} was replaced (by accelerate's hooks?), and would be lost"
-    return unsuitable(module)
+    return unsuitable_embedding(module) if isinstance(module, nn.Embedding) else unsuitable(module)
 
 
 def output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:

@@ -141,8 +141,8 @@ def model_bytes(model: nn.Module) -> int:
     tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
     storages = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[id(tensor) if tensor.is_meta else (tensor.device, storage.data_ptr())] = tensor.nbytes
+        # by where they begin: parts of one storage are tensors of their own
+        storages[id(tensor) if tensor.is_meta else (tensor.device, tensor.data_ptr(), tensor.nbytes)] = tensor.nbytes
     return sum(storages.values())
 
 

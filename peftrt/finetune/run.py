@@ -97,6 +97,7 @@ class Run:
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
+            loraplus_ratio=settings.loraplus_ratio or 1.0,
         )
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return Trainer(trained, self.loss, self.data.train, plan, self.device)

@@ -37,6 +37,7 @@ class Settings:
     warmup: float = 0.05
     schedule: str = "cosine"
     weight_decay: float = 0.0
+    loraplus_ratio: float | None = None
     max_grad_norm: float = 1.0
     eval_data: str | None = None
     eval_share: float = 0.1

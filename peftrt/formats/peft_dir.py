@@ -36,14 +36,25 @@ _WAIT_SECONDS = 0.05
 _MAX_ENTRIES = 100_000
 
 # What follows the module's path in a key, and the part of the adapter it is.
-_SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_B.bias"}
+_SUFFIXES = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_B.bias",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
+}
+# peft writes an adapted embedding's or head's own tensors along.
+_BASE = ".base_layer."
 
 
 class PeftKey(NamedTuple):
     """A key of ``adapter_model.safetensors`` taken apart.
 
-    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias", or "saved" for a
-    parameter of a module in ``modules_to_save``, whose name in that module is ``leaf``.
+    ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias",
+    "lora_magnitude_vector" (DoRA's), "lora_embedding_A", "lora_embedding_B", "base" for a tensor of the adapted module
+    itself, or "saved" for a parameter of a module in ``modules_to_save``; of the last two ``leaf`` is the name in that
+    module.
     """
 
     path: str
@@ -67,6 +78,9 @@ def split_key(key: str, modules_to_save: Sequence[str] = ()) -> PeftKey:
             path = rest.removesuffix(suffix)
             if path and path != rest:
                 return PeftKey(path, part)
+        path, _, leaf = rest.rpartition(_BASE)
+        if path and leaf and "." not in leaf:
+            return PeftKey(path, "base", leaf)
         segments = rest.split(".")
         for count in range(1, len(segments)):
             path = ".".join(segments[:count])
@@ -80,12 +94,12 @@ def split_key(key: str, modules_to_save: Sequence[str] = ()) -> PeftKey:
 
 def join_key(path: str, part: str, leaf: str = "") -> str:
     """The inverse of ``split_key``."""
-    if part == "saved":
-        return f"{KEY_PREFIX}{path}.{leaf}"
+    if part in ("saved", "base"):
+        return f"{KEY_PREFIX}{path}{_BASE if part == 'base' else '.'}{leaf}"
     for suffix, known in _SUFFIXES.items():
         if part == known:
             return f"{KEY_PREFIX}{path}{suffix}"
-    raise FormatError(f"part {part!r} of an adapter is not one of {', '.join(_SUFFIXES.values())}, saved")
+    raise FormatError(f"part {part!r} of an adapter is not one of {', '.join(_SUFFIXES.values())}, base, saved")
 
 
 def read_peft_dir(

@@ -1,8 +1,20 @@
 """Drop-in modules: an nn.Linear's signature, then the adapter's."""
 
-from peftrt.nn.adapter_linear import Adapter, AdapterLinear
+from peftrt.nn.adapter import Adapter
+from peftrt.nn.adapter_linear import AdapterLinear
+from peftrt.nn.lora_embedding import LoRAEmbedding
 from peftrt.nn.lora_linear import LoRALinear, QLoRALinear
 from peftrt.nn.nf4_linear import NF4Linear
 from peftrt.nn.routing import AdapterSet, Routing, routed
 
-__all__ = ["Adapter", "AdapterLinear", "AdapterSet", "LoRALinear", "NF4Linear", "QLoRALinear", "Routing", "routed"]
+__all__ = [
+    "Adapter",
+    "AdapterLinear",
+    "AdapterSet",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "NF4Linear",
+    "QLoRALinear",
+    "Routing",
+    "routed",
+]

@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn.routing import AdapterSet, Routing, current
+from peftrt.nn import initialisation
+from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, as_weights, check_new, parameter_name, scaling_of
+from peftrt.nn.magnitude import RememberedScales
+from peftrt.nn.principal import PrincipalParts, Term, in_one
+from peftrt.nn.routing import AdapterSet, current
+from peftrt.nn.rows import by_row
 
-DEFAULT = "default"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of a layer: its hyper-parameters, and its Parameters as they are now.
-
-    Attributes:
-        lora_A: ``[R, K]``.
-        lora_B: ``[N, R]``.
-        r, lora_alpha, lora_dropout, use_rslora: as given to ``add_adapter``.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-
-    @property
-    def scaling(self) -> float:
-        """s: alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """s B A, fp32 [N, K]."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+if TYPE_CHECKING:
+    from peftrt.nn.fused import Fused
 
 
 @dataclass(frozen=True)
@@ -53,27 +30,38 @@ class _Settings:
     use_rslora: bool
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(PrincipalParts):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
-    The sum goes over the active adapters with their weights. Under a routing (``peftrt.rows``) every row has its own
-    adapter instead. An adapter's matrices are Parameters of the layer itself: ``lora_A`` and ``lora_B`` for the one
-    called "default", ``lora_A@fr`` and ``lora_B@fr`` for one called "fr". Subclasses say where the base weight is:
-    ``base_weight``.
+    The sum goes over the active adapters with their weights. A DoRA adapter, active alone, gives ``y = c * (x W^T + s
+    (drop(x) A^T) B^T) + b`` with ``c = m / ||W + s B A||``. Under a routing (``peftrt.rows``) every row has its own
+    adapter instead. An adapter's tensors are Parameters of the layer itself: ``lora_A``, ``lora_B`` and, for DoRA,
+    ``lora_magnitude`` for the one called "default", ``lora_A@fr`` ... for one called "fr". Subclasses say where the
+    base weight is: ``base_weight``.
+
+    In ``eval()`` without gradients c is remembered until W, A, B or m changes. A change through ``.data``, which torch
+    does not count, is seen after the next ``train()`` or ``eval()``.
     """
+
+    # what an adapter's Parameters are called
+    fields: ClassVar[tuple[str, str, str]] = FIELDS
 
     in_features: int
     out_features: int
     weight: Tensor
     bias: Tensor | None
     owner: AdapterSet
+    # the layers that are multiplied in one call with this one
+    fused: Fused | None = None
 
     def _init_adapters(self) -> None:
         self._settings: dict[str, _Settings] = {}
         self._active: dict[str, float] = {}
         self._merged: dict[str, float] | None = None
         self._backup: dict[str, Tensor] = {}
+        self._scales = RememberedScales()
         self.owner = AdapterSet()
+        self._init_principal()
 
     def base_weight(self) -> Tensor | NF4Weight:
         """W [N, K], without adapters unless they are merged."""
@@ -90,7 +78,10 @@ class AdapterLinear(nn.Module):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init: bool | str = True,
+        loftq_config: Mapping[str, Any] | None = None,
+        original: Tensor | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> Adapter:
         """Add a trainable adapter, not yet active, on the base's device.
@@ -101,36 +92,66 @@ class AdapterLinear(nn.Module):
             lora_alpha: alpha.
             lora_dropout: probability in [0, 1) that an element of the adapter's input is zeroed in training.
             use_rslora: scale by alpha / sqrt(R).
-            init: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / R, B zero; False: both
-                Kaiming-uniform, so that the adapter changes the output from the start (for tests).
-            adapter_dtype: of A and B.
+            use_dora: train the rows' magnitudes apart, which begin as those of the adapted weight (Liu et al. 2024,
+                arXiv:2402.09353): it changes nothing at first.
+            init: as peft's ``init_lora_weights``, see :mod:`peftrt.nn.initialisation`. True: A Kaiming-uniform, B zero.
+                "gaussian": A normal with deviation 1 / R, B zero. "orthogonal": neither is zero, B A is. False: both
+                Kaiming-uniform, so that the adapter changes the output from the start (for tests). "pissa" and
+                "pissa_niter_<n>": s B A is the principal part of W, which leaves the base and comes back where the
+                adapter does not act (:class:`PrincipalParts`); over an NF4 base the rest is quantised anew. "loftq":
+                NF4 base and s B A together are closer to W than nf4(W).
+            loftq_config: ``{"loftq_bits": 4, "loftq_iter": n}``, n = 1 by default.
+            original: W [N, K] as it was before it was quantised: "loftq" needs it; without it "pissa" over an NF4 base
+                begins with the dequantised weight.
+            adapter_dtype: of A, B and the magnitude.
 
         Raises:
-            ValueError: the name is taken or unusable, or a value is out of its range.
+            ValueError: the name is taken or unusable, or a value is out of its range; for DoRA also if something is
+                merged into the weight whose norms are asked for.
         """
-        _check_new(name, self._settings, r, lora_alpha, lora_dropout, init)
-        factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
-        lora_A = torch.empty(r, self.in_features, **factory)
-        lora_B = torch.zeros(self.out_features, r, **factory)
-        if init == "gaussian":
-            nn.init.normal_(lora_A, std=1 / r)
+        if use_dora:
+            self._expect_dora_fits()
+        check_new(name, self._settings, r, lora_alpha, lora_dropout)
+        scaling = scaling_of(r, lora_alpha, use_rslora)
+        reason = initialisation.refusal(init, r, scaling, self.out_features, self.in_features)
+        if reason is not None:
+            raise ValueError(reason)
+        if initialisation.parse(init).takes_weight:
+            given = (original, loftq_config, adapter_dtype)
+            lora_A, lora_B = self._begin_with_weight(name, init, r, scaling, *given)
         else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+            lora_A, lora_B = self._draw(init, r, adapter_dtype)
         # past register_parameter, which would refuse "lora_A" because the property of that name exists
-        self._parameters[_key("lora_A", name)] = nn.Parameter(lora_A)
-        self._parameters[_key("lora_B", name)] = nn.Parameter(lora_B)
+        for field, half in zip(self.fields, (lora_A, lora_B), strict=False):
+            self._parameters[parameter_name(field, name)] = nn.Parameter(half)
         self._settings[name] = _Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
+        if use_dora:
+            self._parameters[parameter_name("lora_magnitude", name)] = self._first_magnitude(name, adapter_dtype)
         return self.adapter(name)
+
+    def _draw(self, init: bool | str, r: int, dtype: torch.dtype) -> initialisation.Pair:
+        """A and B of an initialisation that does not look at the weight."""
+        return initialisation.draw(init, r, self.out_features, self.in_features, dtype, self.weight.device)
+
+    def _expect_dora_fits(self) -> None:
+        if self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before adding one with use_dora")
+
+    def _first_magnitude(self, name: str, dtype: torch.dtype) -> nn.Parameter:
+        """``||W + s B A||``, so that c is 1."""
+        if self.weight.is_meta:
+            return nn.Parameter(torch.empty(self.out_features, dtype=dtype, device="meta"))
+        low_rank = in_one([*self.terms({name: 1.0}), *self.principal_terms({name: 1.0})])
+        return nn.Parameter(ops.lora_weight_norm(self.base_weight(), *low_rank).to(dtype))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; it must exist and not be merged."""
         self._expect_known(name)
         if self._merged and name in self._merged:
             raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
-        for field in ("lora_A", "lora_B"):
-            del self._parameters[_key(field, name)]
+        self._settle_principal(name)
+        for field in self.fields:
+            self._parameters.pop(parameter_name(field, name), None)
         del self._settings[name]
         self._active.pop(name, None)
 
@@ -143,21 +164,24 @@ class AdapterLinear(nn.Module):
         """The adapter of that name; KeyError where there is none."""
         self._expect_known(name)
         settings = self._settings[name]
-        lora_A, lora_B = self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
+        lora_A, lora_B, magnitude = (self._parameters.get(parameter_name(field, name)) for field in self.fields)
         assert lora_A is not None
         assert lora_B is not None
-        return Adapter(lora_A, lora_B, settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora)
+        values = settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora
+        return Adapter(lora_A, lora_B, *values, magnitude)
 
     def set_active(self, names: str | Mapping[str, float] | None) -> None:
         """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. ``requires_grad`` stays.
 
         Raises:
             KeyError: an unknown name.
-            ValueError: a weight that is not finite, or adapters are merged.
+            ValueError: a weight that is not finite, adapters are merged, or a DoRA adapter is not alone or has another
+                weight than 1.
         """
         weights = as_weights(names)
         for name in weights:
             self._expect_known(name)
+        self._dora_among(weights)
         if self._merged is not None and weights != self._active:
             raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge before activating others")
         self._active = weights
@@ -178,6 +202,11 @@ class AdapterLinear(nn.Module):
         return self._only_active().lora_B
 
     @property
+    def lora_magnitude(self) -> nn.Parameter | None:
+        """m [N] of the active adapter, None where it is not DoRA's; an error where there is not exactly one."""
+        return self._only_active().magnitude
+
+    @property
     def scaling(self) -> float:
         """s of the active adapter; an error where there is not exactly one."""
         return self._only_active().scaling
@@ -192,49 +221,89 @@ class AdapterLinear(nn.Module):
         if name not in self._settings:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
 
+    def _dora_among(self, weights: Mapping[str, float]) -> Adapter | None:
+        """The one DoRA adapter that is asked for; None where none is, an error where it is not alone."""
+        names = [name for name in weights if parameter_name("lora_magnitude", name) in self._parameters]
+        if names and (len(weights) > 1 or weights[names[0]] != 1.0):
+            raise ValueError(
+                f"{', '.join(map(repr, names))} of DoRA (use_dora) cannot be summed: a magnitude multiplies the base's "
+                f"share too. Such an adapter is used alone, with weight 1; got {dict(weights)}"
+            )
+        return self.adapter(names[0]) if names else None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of ``nn.Module``; what DoRA remembers in ``eval()`` is computed again."""
+        self._scales.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # memory that is given up here may come back under the same address
+        self._scales.forget()
+        return super()._apply(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and
         :func:`peftrt.ops.multi_lora_linear`.
         """
         routing = current(self.owner)
         if routing is not None:
-            return self._routed(x, routing)
-        if self._merged is not None or not self._active:
+            return by_row(self, x, routing)
+        # not by is_bare: torch.compile watches whether a dictionary is empty only where it is tested itself
+        if self._merged is not None or not (self._active or self._principal):
             return self._base(x)
-        return self._adapted(x)
+        together = None if self.fused is None else self.fused.result(self, x)
+        return self._adapted(x) if together is None else together
+
+    def is_bare(self, weights: Mapping[str, float]) -> bool:
+        """Whether the base alone is the layer's map where adapters act with these weights."""
+        return not weights and not self._principal
+
+    def terms(self, weights: Mapping[str, float]) -> list[Term]:
+        """The terms of adapters that act with these weights."""
+        adapters = [(self.adapter(name), weight) for name, weight in weights.items()]
+        return [Term(a.lora_A, a.lora_B, a.scaling * weight, a.lora_dropout) for a, weight in adapters]
 
     def _adapted(self, x: Tensor) -> Tensor:
-        parts = [(self.adapter(name), weight) for name, weight in self._active.items()]
-        dropouts = [adapter.lora_dropout if self.training else 0.0 for adapter, _ in parts]
-        first, weight = parts[0]
-        lora_A, lora_B, scaling = first.lora_A, first.lora_B, first.scaling * weight
-        if len(parts) > 1:
-            if len(set(dropouts)) > 1:
-                raise ValueError(
-                    f"active adapters train together only with one lora_dropout, got {sorted(set(dropouts))}"
-                )
-            # adapters in sum are one adapter of the summed rank
-            lora_A = torch.cat([adapter.lora_A for adapter, _ in parts])  # type: ignore[assignment]
-            scaled = [adapter.lora_B * (adapter.scaling * weight) for adapter, weight in parts]
-            lora_B, scaling = torch.cat(scaled, dim=1), 1.0  # type: ignore[assignment]
-        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, dropout_p=dropouts[0])
+        terms, taken_out = self.terms(self._active), self.principal_terms(self._active)
+        dropouts = {term.dropout if self.training else 0.0 for term in terms}
+        if len(dropouts) > 1:
+            raise ValueError(f"active adapters train together only with one lora_dropout, got {sorted(dropouts)}")
+        dropout_p = max(dropouts, default=0.0)
+        row_scale = self._row_scale([*terms, *taken_out])
+        if dropout_p and taken_out:
+            return self._adapted_beside(x, terms, taken_out, dropout_p, row_scale)
+        lora_A, lora_B, scaling = in_one([*terms, *taken_out])
+        options: dict[str, Any] = {"dropout_p": dropout_p, "row_scale": row_scale}
+        return ops.lora_linear(x, self.base_weight(), lora_A, lora_B, scaling, self.bias, **options)
 
-    def _routed(self, x: Tensor, routing: Routing) -> Tensor:
-        if self._merged is not None:
-            raise ValueError(f"rows: adapters {sorted(self._merged)} are merged into the base; unmerge first")
-        slots = routing.held(self.adapter_names)
-        slot_ids = routing.slot_ids(slots, x)
-        if not slots:
-            return self._base(x)
-        adapters = [self.adapter(name) for name in slots]
-        table = ops.AdapterTable.stack([(a.lora_A, a.lora_B, a.scaling) for a in adapters])
-        if not self.training or not any(adapter.lora_dropout for adapter in adapters):
-            return ops.multi_lora_linear(x, self.base_weight(), table, slot_ids, self.bias)
-        share = torch.tensor([adapter.lora_dropout for adapter in adapters] + [0.0], device=x.device)
-        # id -1 finds the last entry: rows without an adapter drop nothing
-        drop = share[slot_ids].view(*x.shape[:-1], 1)
-        dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
-        return self._base(x) + ops.multi_lora_linear(dropped.to(x.dtype), None, table, slot_ids)
+    def _adapted_beside(
+        self, x: Tensor, terms: list[Term], taken_out: list[Term], dropout_p: float, row_scale: Tensor | None
+    ) -> Tensor:
+        """Adapters with dropout over a base of which parts are out: what belongs to the base is not dropped."""
+        whole = ops.lora_linear(x, self.base_weight(), *in_one(taken_out), self.bias, row_scale=row_scale)
+        table = ops.AdapterTable.stack([in_one(terms)])
+        slot_ids = torch.zeros(x.shape[:-1].numel(), dtype=torch.int32, device=x.device)
+        change = ops.multi_lora_linear(nn.functional.dropout(x, dropout_p), None, table, slot_ids)
+        return whole + (change if row_scale is None else (change * row_scale).to(change.dtype))
+
+    def _row_scale(self, terms: list[Term]) -> Tensor | None:
+        """c where a DoRA adapter is active, remembered in ``eval()`` without gradients; None where none is."""
+        # the first name is all that there can be of DoRA's
+        name = next(iter(self._active), None)
+        magnitude = None if name is None else self.adapter(name).magnitude
+        if name is None or magnitude is None:
+            return None
+        scale = magnitude
+
+        def compute() -> Tensor:
+            return ops.dora_scale(self.base_weight(), *in_one(terms), scale)
+
+        adapter = self.adapter(name)
+        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in adapter.parameters)):
+            return compute()
+        base = [p for key, p in self._parameters.items() if p is not None and key.startswith("weight")]
+        halves = [half for term in terms for half in (term.lora_A, term.lora_B)]
+        return self._scales.get(name, (magnitude, *halves, *base), adapter.scaling, compute)
 
     @property
     def merged(self) -> dict[str, float] | None:
@@ -249,12 +318,47 @@ class AdapterLinear(nn.Module):
         """The adapters named, with their weights; the active ones by default."""
         return self.active if names is None else as_weights(names)
 
-    def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
-        """``sum_a w_a s_a B_a A_a``, fp32 [N, K]; of the active adapters by default."""
+    @torch.no_grad()
+    def adapted_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
+        """W with adapters (by default the active ones) in it, fp32 [N, K]; the weight as it is while merged.
+
+        ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`set_active`.
+        """
+        base = self.base_weight()
+        wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach().float()
         weights = self._chosen(names)
+        dora = self._dora_among(weights)
+        if self._merged is not None or self.is_bare(weights):
+            return wide
+        terms = [*self.terms(weights), *self.principal_terms(weights)]
+        adapted = wide + sum(term.delta() for term in terms)
+        if dora is None or dora.magnitude is None:
+            return adapted
+        return adapted * ops.dora_scale(base, *in_one(terms), dora.magnitude).unsqueeze(1)
+
+    def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
+        """What adapters (by default the active ones) add to W, fp32 [N, K]: ``sum_a w_a s_a B_a A_a``, less the part of
+        W that one began with; or ``c * (W + s B A) - W`` of a DoRA adapter.
+
+        Raises:
+            KeyError, ValueError: as of :meth:`set_active`, or a DoRA adapter while something is merged.
+        """
+        weights = self._chosen(names)
+        if self._dora_among(weights) is None:
+            return self._low_rank_sum(weights)
+        if self._merged is not None:
+            raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge to see what {list(weights)} adds")
+        return self.adapted_weight(weights) - self.adapted_weight({})
+
+    def _low_rank_sum(self, weights: Mapping[str, float]) -> Tensor:
         delta = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         for name, weight in weights.items():
             delta += weight * self.adapter(name).delta()
+            if (pair := self.principal_pair(name)) is not None:
+                delta -= weight * Term(*pair, self._principal[name]).delta()
         return delta
 
     @torch.no_grad()
@@ -270,6 +374,7 @@ class AdapterLinear(nn.Module):
         weights = self._chosen(names)
         for name in weights:
             self._expect_known(name)
+        self._dora_among(weights)
         self._backup = self._merge_into_base(weights, force)
         self._merged = weights
 
@@ -286,46 +391,16 @@ class AdapterLinear(nn.Module):
             self._parameters[name] = restored if isinstance(restored, nn.Parameter) else nn.Parameter(restored, False)
         self._merged, self._backup = None, {}
 
+    def _expect_unmerged(self, what: str) -> None:
+        if self._merged is not None:
+            raise ValueError(f"{what}, into which {sorted(self._merged)} are merged; unmerge first")
+
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         """Replace the base's Parameters by merged ones; returns those replaced, by name."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Sizes and adapters, as shown by ``print(model)``."""
-        ranks = ", ".join(f"{name}: r={settings.r}" for name, settings in self._settings.items())
+        dora = {name: ", DoRA" for name in self._settings if parameter_name("lora_magnitude", name) in self._parameters}
+        ranks = ", ".join(f"{name}: r={settings.r}{dora.get(name, '')}" for name, settings in self._settings.items())
         return f"{super().extra_repr()}, adapters=({ranks}), active={list(self._active)}"
-
-
-def _key(field: str, name: str) -> str:
-    """Name of the Parameter that holds ``lora_A`` or ``lora_B`` of an adapter."""
-    return field if name == DEFAULT else f"{field}@{name}"
-
-
-def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
-    """What ``set_active`` takes, as name -> weight; ValueError for a weight that is not finite."""
-    if names is None:
-        return {}
-    if isinstance(names, str):
-        return {names: 1.0}
-    weights = {name: float(weight) for name, weight in names.items()}
-    for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"adapter {name!r}: weight must be finite, got {weight}")
-    return weights
-
-
-def _check_new(
-    name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float, init: bool | str
-) -> None:
-    if not isinstance(name, str) or not name or "." in name or "@" in name:
-        raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
-    if name in taken:
-        raise ValueError(f"adapter {name!r} exists already")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
-    if init not in (True, False, "gaussian"):
-        raise ValueError(f"init must be True, False or 'gaussian', got {init!r}")

@@ -58,8 +58,26 @@ def unsuitable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             return f"{kind} has a forward of its own, which would be lost"
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        return f"{kind} is a convolution; peftrt adapts linear layers and embeddings, convolutions are out of its scope"
     elif not is_conv1d(module):
         return f"{kind} is neither nn.Linear nor Conv1D"
+    if hasattr(module, "parametrizations"):
+        return f"{kind} is parametrised; remove the parametrisation first"
+    if module.weight.dtype not in FLOAT_DTYPES:
+        return f"{kind} has a weight of {module.weight.dtype}; fp32, bf16 and fp16 are supported"
+    return None
+
+
+def unsuitable_embedding(module: nn.Module) -> str | None:
+    """Why an embedding of peftrt cannot take the module's place; None where it can."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Embedding):
+        return f"{kind} is no nn.Embedding"
+    if type(module).forward is not nn.Embedding.forward:
+        return f"{kind} has a forward of its own, which would be lost"
+    if module.max_norm is not None:
+        return f"{kind} has max_norm, which rewrites rows of the table as they are read; a frozen table must not change"
     if hasattr(module, "parametrizations"):
         return f"{kind} is parametrised; remove the parametrisation first"
     if module.weight.dtype not in FLOAT_DTYPES:

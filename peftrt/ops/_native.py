@@ -72,6 +72,12 @@ def cuda_unsupported(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
+def cuda_rows(device: torch.device) -> int:
+    """How many rows of bf16 or fp16 the loaded CUDA library multiplies itself on a device."""
+    return int(torch.ops.peftrt_cuda.nf4_linear_rows(device.index or 0))
+
+
+@functools.cache
 def _not_compiled_for(device: torch.device) -> str | None:
     capability, built_for = torch.cuda.get_device_capability(device), str(torch.ops.peftrt_cuda.sm()).split()
     if any(runs_on(arch, capability) for arch in built_for):

@@ -28,11 +28,11 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Returns:
         ``[..., N]`` in x's dtype. A row's bits do not depend on the other rows as long as M stays within one kernel's
         range; another range of M may sum in another order. On a CPU neither the number of threads nor what else runs
-        changes a bit. On CUDA the ranges are those of peftrt/ops/_paths.py, for bf16 and fp16 on a Hopper: M to 64
-        (native, where it is built), to 511 (Triton's tiles, in ranges of their own), and more (parts of W are decoded
-        and multiplied by cuBLAS, which chooses its kernels by M: there a row's bits may change with every M). The last
-        heeds torch's switches for cuBLAS: ``torch.backends.cuda.matmul.allow_tf32`` for fp32, and
-        ``allow_bf16_reduced_precision_reduction``, on by default, which lets it round partial sums to bf16.
+        changes a bit. On CUDA the ranges are those of peftrt/ops/_paths.py, for bf16 and fp16 on a Hopper: M to 32,
+        64, 128, 256, 384 and 512 (native, where it is built, else Triton's tiles to 511, in ranges of their own), and
+        more (parts of W are decoded and multiplied by cuBLAS, which chooses its kernels by M: there a row's bits may
+        change with every M). The last heeds torch's switches for cuBLAS: ``torch.backends.cuda.matmul.allow_tf32`` for
+        fp32, and ``allow_bf16_reduced_precision_reduction``, on by default, which lets it round partial sums to bf16.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -71,9 +71,9 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 
 def _cuda_unsupported(x: Tensor, *rest: Any) -> str | None:
     reason = _native.cuda_unsupported(x, x.dtype)
-    if reason is None and not _decodes(x) and not _panels.rows_fit(WeightArgs(*rest[:7]), x.element_size()):
-        return f"takes {_paths.NATIVE_ROWS} rows of bf16 or fp16, and more where panels of W can be decoded apart"
-    return reason
+    if reason is not None or _decodes(x, rest) or _panels.rows_fit(WeightArgs(*rest[:7]), x.element_size()):
+        return reason
+    return f"takes {_most_rows(x, rest)} rows of bf16 or fp16, and more where panels of W can be decoded apart"
 
 
 def _native_slower(x: Tensor, *rest: Any) -> str | None:
@@ -81,18 +81,25 @@ def _native_slower(x: Tensor, *rest: Any) -> str | None:
 
 
 def _cuda_slower(x: Tensor, *rest: Any) -> str | None:
-    if _way("forward", x, rest) != _paths.TILE or _triton.unsupported(x, x.dtype) is not None:
+    way = _way("forward", x, rest, decodes=_decodes(x, rest))
+    if way != _paths.TILE or _triton.unsupported(x, x.dtype) is not None:
         return None
     return f"at M = {_paths.rows_of(x)} tiles by Triton are expected to be faster on this device"
 
 
-def _decodes(x: Tensor) -> bool:
-    return x.element_size() == 2 and _paths.rows_of(x) <= _paths.NATIVE_ROWS
+def _decodes(x: Tensor, rest: tuple[Any, ...]) -> bool:
+    """Whether the CUDA library has a kernel for so many rows, where it is loaded."""
+    return x.element_size() == 2 and _paths.rows_of(x) <= _most_rows(x, rest)
 
 
-def _way(direction: str, x: Tensor, rest: tuple[Any, ...]) -> str | None:
+def _most_rows(x: Tensor, rest: tuple[Any, ...]) -> int:
+    k = rest[5]
+    return _paths.NATIVE_ROWS if k % _paths.CHUNK else _native.cuda_rows(x.device)
+
+
+def _way(direction: str, x: Tensor, rest: tuple[Any, ...], *, decodes: bool = False) -> str | None:
     """What the table says, where the weight can go that way."""
-    way = _paths.path(direction, x)
+    way = _paths.path(direction, x, decodes=decodes)
     fit = _panels.rows_fit if direction == "forward" else _panels.columns_fit
     return _paths.TILE if way == _paths.PANELS and not fit(WeightArgs(*rest[:7]), x.element_size()) else way
 
@@ -106,7 +113,7 @@ def _native_cuda(x: Tensor, *rest: Any) -> Tensor:
     reason = _cuda_unsupported(x, *rest)
     if reason is not None:
         raise RuntimeError(f"nf4_linear: native {reason}")
-    if _decodes(x):
+    if _decodes(x, rest):
         return torch.ops.peftrt_cuda.nf4_linear.default(x, *rest)
     # cuBLAS would take more than fits, such as a bias that can be broadcast, and round fp32 for autocast
     if torch.is_autocast_enabled(x.device.type):

@@ -38,6 +38,8 @@ CHUNK = 64
 DecodeRows = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int, Tensor], None]
 # first column, out [N, columns]
 DecodeColumns = Callable[[int, Tensor], None]
+# first column, columns of the result: writes what the product is added to
+Begin = Callable[[int, Tensor], None]
 
 
 class Device(NamedTuple):
@@ -104,8 +106,19 @@ def columns_fit(weight: WeightArgs, itemsize: int) -> bool:
     return step is not None and width(1, weight.n, weight.k, step, itemsize, Device(0, 1)) is not None
 
 
-def forward(x: Tensor, weight: WeightArgs, bias: Tensor | None, out: Tensor, decode: DecodeRows) -> None:
-    """``out = x W^T + bias`` with x [M, K], bias [N] and out [M, N] contiguous, where ``rows_fit``."""
+def forward(
+    x: Tensor,
+    weight: WeightArgs,
+    addend: Tensor | Begin | None,
+    out: Tensor,
+    decode: DecodeRows,
+    row_scale: Tensor | None = None,
+) -> None:
+    """``out = x (row_scale W)^T + addend`` with x [M, K] and out [M, N] contiguous, where ``rows_fit``.
+
+    ``addend`` is a bias [N], or writes what is added to columns of the result. ``row_scale``: fp32 [N], or None; a
+    panel that it scales is rounded a second time, which moves fewer bytes than scaling the result.
+    """
     if out.numel() == 0:
         return
     step = row_step(weight)
@@ -115,14 +128,34 @@ def forward(x: Tensor, weight: WeightArgs, bias: Tensor | None, out: Tensor, dec
         for first, last in _spans(weight.n, rows):
             panel = room[: last - first]
             decode(*_rows_of(weight, first, last), weight.block_size, panel)
-            if bias is None:
-                torch.mm(x, panel.t(), out=out[:, first:last])
+            if row_scale is not None:
+                panel.mul_(row_scale[first:last, None])
+            if isinstance(addend, Tensor):
+                torch.addmm(addend[first:last], x, panel.t(), out=out[:, first:last])
             else:
-                torch.addmm(bias[first:last], x, panel.t(), out=out[:, first:last])
+                _multiply(x, panel.t(), first, addend, out[:, first:last])
 
 
-def grad_input(dy: Tensor, weight: WeightArgs, out: Tensor, decode: DecodeColumns) -> None:
-    """``out = dy W`` with dy [M, N] and out [M, K] contiguous, where ``columns_fit``."""
+def _multiply(x: Tensor, panel: Tensor, first: int, begin: Begin | None, out: Tensor) -> None:
+    if begin is None:
+        torch.mm(x, panel, out=out)
+    else:
+        begin(first, out)
+        out.addmm_(x, panel)
+
+
+def grad_input(
+    dy: Tensor,
+    weight: WeightArgs,
+    out: Tensor,
+    decode: DecodeColumns,
+    begin: Begin | None = None,
+    row_scale: Tensor | None = None,
+) -> None:
+    """``out = dy (row_scale W)`` (+ what ``begin`` writes), dy [M, N] and out [M, K] contiguous, where ``columns_fit``.
+
+    ``row_scale`` as of :func:`forward`.
+    """
     if out.numel() == 0:
         return
     step = column_step(weight)
@@ -134,7 +167,9 @@ def grad_input(dy: Tensor, weight: WeightArgs, out: Tensor, decode: DecodeColumn
         for first, last in _spans(weight.k, columns):
             panel = flat[: weight.n * (last - first)].view(weight.n, last - first)
             decode(first, panel)
-            torch.mm(dy, panel, out=out[:, first:last])
+            if row_scale is not None:
+                panel.mul_(row_scale[:, None])
+            _multiply(dy, panel, first, begin, out[:, first:last])
 
 
 def _spans(total: int, size: int) -> Iterator[tuple[int, int]]:

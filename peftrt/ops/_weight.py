@@ -5,12 +5,14 @@ A base weight, dense or NF4, travels through a schema as seven arguments. ``absm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES, NF4Weight, stored_sizes
+from peftrt.reference._weight import accumulator
 
 WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, SymInt n, SymInt k, int block_size"
@@ -110,13 +112,47 @@ def check_linear(op: str, x: Tensor, weight: WeightArgs, bias: Tensor | None, na
     if x.dim() == 0 or x.shape[-1] != size:
         expect(False, op, name, f"[..., {side.upper()} = {size}] for a weight of {weight.n} x {weight.k}", x)
     check_device(op, "weight", weight.weight, x)
+    if weight.absmax is None and weight.weight.dtype != x.dtype:
+        expect(False, op, "weight", f"of {name}'s dtype {x.dtype}", weight.weight, TypeError)
+    check_base(op, weight)
+    check_bias(op, bias, weight.n, x)
+
+
+def check_base(op: str, weight: WeightArgs) -> None:
+    """A base weight's tensors are what its sizes need."""
     if weight.absmax is not None:
         check_nf4(op, *weight[:4], weight.n * weight.k, weight.block_size)  # type: ignore[arg-type]
-    elif weight.weight.dtype != x.dtype:
-        expect(False, op, "weight", f"of {name}'s dtype {x.dtype}", weight.weight, TypeError)
-    elif tuple(weight.weight.shape) != (weight.n, weight.k):
+        return
+    check_float(op, "weight", weight.weight)
+    if tuple(weight.weight.shape) != (weight.n, weight.k):
         expect(False, op, "weight", f"[N, K] = [{weight.n}, {weight.k}]", weight.weight)
-    check_bias(op, bias, weight.n, x)
+
+
+def check_low_rank(op: str, weight: WeightArgs, lora_A: Tensor, lora_B: Tensor, splits: Sequence[int]) -> None:
+    """An adapter's A [R, K], or [P R, K] beside P splits, and B [N, R] fit each other and the weight, on its device."""
+    fits = not splits or (min(splits) >= 0 and sum(splits) == weight.n)
+    expect(fits, op, "splits", f"sizes that sum to N = {weight.n}", splits)
+    parts = len(splits) or 1
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_float(op, name, tensor)
+        check_device(op, name, tensor, weight.weight)
+    fits = lora_A.dim() == 2 and lora_A.shape[1] == weight.k
+    expect(fits, op, "lora_A", f"[R, K = {weight.k}]", lora_A)
+    fits = lora_A.shape[0] % parts == 0
+    expect(fits, op, "lora_A", f"[P R, K = {weight.k}] beside P = {parts} splits", lora_A)
+    rank = lora_A.shape[0] // parts
+    fits = lora_B.dim() == 2 and tuple(lora_B.shape) == (weight.n, rank)
+    expect(fits, op, "lora_B", f"[N, R] = [{weight.n}, {rank}] beside lora_A of rank {rank}", lora_B)
+
+
+def check_row_scale(op: str, row_scale: Tensor | None, n: int, x: Tensor) -> None:
+    """The factors of the rows, where there are any, are [N] in the accumulator's dtype, on x's device."""
+    if row_scale is None:
+        return
+    check_device(op, "row_scale", row_scale, x)
+    dtype = accumulator(x.dtype)
+    expect(row_scale.dtype == dtype, op, "row_scale", f"{dtype} beside an input of {x.dtype}", row_scale, TypeError)
+    expect(tuple(row_scale.shape) == (n,), op, "row_scale", f"[N] = [{n}]", row_scale)
 
 
 def check_bias(op: str, bias: Tensor | None, n: int, x: Tensor) -> None:

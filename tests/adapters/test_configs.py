@@ -114,12 +114,10 @@ def test_a_default_peft_configuration_is_read() -> None:
 
 
 CHANGES_THE_RESULT: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "megatron_config": {"hidden_size": 8},
     "trainable_token_indices": [1],
-    "loftq_config": {"loftq_bits": 4},
     "corda_config": {"corda_method": "kpm"},
     "lora_ga_config": {"scale": "stable"},
     "velora_config": {"num_groups": 2},
@@ -148,20 +146,63 @@ def test_field_that_changes_the_result_is_refused(name: str) -> None:
         LoraConfig.from_peft_dict({**peft_defaults(), name: CHANGES_THE_RESULT[name]})
 
 
-@pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "unheard_of"])
-def test_initialisation_that_changes_the_base_is_refused(value: str) -> None:
+@pytest.mark.parametrize("value", ["olora", "corda", "lora_ga", "unheard_of", "pissa_niter_", "pissa_niter_x", "PiSSA"])
+def test_initialisation_that_is_not_there(value: str) -> None:
     with pytest.raises(UnsupportedError, match=f"init_lora_weights.*{value}"):
         LoraConfig.from_peft_dict({**MINIMUM, "init_lora_weights": value})
-    with pytest.raises(UnsupportedError, match=value):
+    with pytest.raises(
+        UnsupportedError, match=f"{value}.*use True, False, 'gaussian'.*corda, eva, lora_ga, mica, olora"
+    ):
         LoraConfig(target_modules=["q"], init_lora_weights=value)
 
 
-@pytest.mark.parametrize("value", ["eva", "orthogonal", "mica"])
+@pytest.mark.parametrize("value", ["eva", "mica"])
 def test_initialisation_that_leaves_the_base_is_read_but_not_offered(value: str) -> None:
     document = {**MINIMUM, "init_lora_weights": value, "eva_config": {"rho": 2.0}}
     assert LoraConfig.from_peft_dict(document).init_lora_weights is True
     with pytest.raises(UnsupportedError, match=value):
         LoraConfig(target_modules=["q"], init_lora_weights=value)
+
+
+@pytest.mark.parametrize("value", ["pissa", "pissa_niter_16"])
+def test_a_file_whose_tensors_belong_to_another_base_is_refused(value: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"init_lora_weights '{value}' .*path_initial_model_for_weight"):
+        LoraConfig.from_peft_dict({**MINIMUM, "init_lora_weights": value})
+
+
+def test_loftq_is_written_as_peft_has_it() -> None:
+    config = LoraConfig(target_modules=["q"], init_lora_weights="loftq", loftq_config={"loftq_iter": 3})
+    written = config.to_peft_dict()
+    assert written["loftq_config"] == {"loftq_bits": 4, "loftq_iter": 3}
+    assert LoraConfig.from_peft_dict(written).loftq_config == config.loftq_config
+    assert LoraConfig(target_modules=["q"], init_lora_weights="loftq").loftq_config["loftq_iter"] == 1
+
+
+@pytest.mark.parametrize(
+    ("init", "value", "message"),
+    [
+        ("loftq", {"loftq_bits": 8}, "loftq_bits must be 4"),
+        ("loftq", {"loftq_iter": 0}, "loftq_iter must be an integer from 1"),
+        ("loftq", {"loftq_iter": True}, "loftq_iter must be"),
+        ("loftq", {"loftq_steps": 1}, "got 'loftq_steps'"),
+        ("loftq", [4], "expected a map"),
+        (True, {"loftq_bits": 4}, "with init_lora_weights 'loftq' only"),
+    ],
+    ids=str,
+)
+def test_a_bad_loftq_config_is_named(init: Any, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"loftq_config.*{message}"):
+        LoraConfig(target_modules=["q"], init_lora_weights=init, loftq_config=value)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_doubled_ranks_keep_the_scalings(use_rslora: bool) -> None:
+    patterns = {"rank_pattern": {"q": 3}, "alpha_pattern": {"k": 5}}
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q", "k", "v"], use_rslora=use_rslora, **patterns)
+    doubled = config.with_doubled_ranks()
+    assert [doubled.rank_for(path) for path in ("a.q", "a.k", "a.v")] == [6, 8, 8]
+    for path in ("a.q", "a.k", "a.v"):
+        assert doubled.scaling_for(path) == pytest.approx(config.scaling_for(path), rel=1e-15)
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}])

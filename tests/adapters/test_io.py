@@ -105,13 +105,22 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"q_proj' has tensors, but the configuration does not target it",
     ),
     "no r": (lambda d: change_config(d, r=None), ConfigError, "r is missing"),
-    "dora": (lambda d: change_config(d, use_dora=True), UnsupportedError, "use_dora"),
+    "dora without vectors": (
+        lambda d: change_config(d, use_dora=True),
+        FormatError,
+        r"use_dora is true, but there is no key '.*\.lora_magnitude_vector'",
+    ),
     "bias": (lambda d: change_config(d, bias="all"), UnsupportedError, "bias"),
     "another method": (lambda d: change_config(d, peft_type="IA3"), UnsupportedError, "IA3"),
-    "unknown key": (
+    "vectors without dora": (
         lambda d: change_tensors(d, lambda t: t.update({f"{Q_PROJ}.lora_magnitude_vector": torch.zeros(64)})),
         FormatError,
-        "lora_magnitude_vector",
+        rf"'{Q_PROJ}\.lora_magnitude_vector': magnitudes of DoRA, but the configuration's use_dora is not true",
+    ),
+    "unknown key": (
+        lambda d: change_tensors(d, lambda t: t.update({f"{Q_PROJ}.lora_E": torch.zeros(4, 1)})),
+        FormatError,
+        "lora_E",
     ),
     "int8": (
         lambda d: change_tensors(

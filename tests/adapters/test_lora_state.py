@@ -42,12 +42,24 @@ def test_tensors_are_sorted_by_module() -> None:
     assert state.saved["head"].keys() == {"weight", "bias"}
 
 
+A, B, M = "a.q.lora_A.weight", "a.q.lora_B.weight", "a.q.lora_magnitude_vector"
+DORA = {"use_dora": True}
+VECTORS = {M: torch.ones(5), "a.k.lora_magnitude_vector": torch.ones(5)}
+
+
+def test_magnitudes_are_found_by_module() -> None:
+    given = tensors(**VECTORS)
+    state = validate_lora_tensors(config(use_dora=True), given)
+    assert state.magnitudes.keys() == state.pairs.keys()
+    assert state.of("a.q") == tuple(given[f"{P}{key}"] for key in (A, B, M))
+    plain = validate_lora_tensors(config(), tensors())
+    assert plain.of("a.q") == plain.pairs["a.q"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_floats_are_accepted(dtype: torch.dtype) -> None:
     assert len(validate_lora_tensors(config(), {key: value.to(dtype) for key, value in tensors().items()}).pairs) == 2
 
-
-A, B = "a.q.lora_A.weight", "a.q.lora_B.weight"
 
 FAULTS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor | None], str]] = {
     "a_without_b": ({}, {B: None}, "'a.q' has lora_A but no lora_B"),
@@ -65,7 +77,13 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor | None], str]] = 
     "module_excluded": ({"exclude_modules": ["k"], "rank_pattern": {}}, {}, "'a.k' has tensors"),
     "target_without_tensors": ({"target_modules": ["q", "k", "v_proj"]}, {}, "'v_proj'"),
     "modules_to_save_missing": ({"modules_to_save": None}, {}, "'base_model.model.head.weight'"),
-    "dora_key": ({}, {"a.q.lora_magnitude_vector": torch.ones(5)}, "lora_magnitude_vector"),
+    "dora_key": ({}, {M: torch.ones(5)}, f"'{P}{M}': magnitudes of DoRA"),
+    "dora_without_key": ({"use_dora": True}, {}, f"there is no key '{P}{M}'"),
+    "dora_of_another_length": (DORA, {**VECTORS, M: torch.ones(4)}, f"'{P}{M}': expected 5 magnitudes"),
+    "dora_as_a_matrix": (DORA, {**VECTORS, M: torch.ones(5, 1)}, f"'{P}{M}': expected a vector"),
+    "dora_empty": (DORA, {**VECTORS, M: torch.ones(0)}, f"'{P}{M}': expected a vector"),
+    "dora_int8": (DORA, {**VECTORS, M: torch.ones(5).to(torch.int8)}, f"'{P}{M}': expected float32"),
+    "dora_alone": (DORA, {**VECTORS, A: None, B: None}, "'a.q' has"),
     "embedding_key": ({}, {"e.lora_embedding_A": torch.ones(4, 9)}, "lora_embedding_A"),
 }
 

@@ -22,6 +22,7 @@ LIMIT = 1e-6
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
     "one target": {"targets": "one"},
     "regex": {"targets": "regex"},
     "all-linear": {"target_modules": "all-linear"},
@@ -33,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 CASES = [("llama", variant) for variant in VARIANTS]
-CASES += [(kind, variant) for kind in ("gpt2", "bert") for variant in ("plain", "rank pattern", "task")]
+CASES += [(kind, variant) for kind in ("gpt2", "bert") for variant in ("plain", "dora", "rank pattern", "task")]
 
 
 def fields(kind: str, variant: str) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def test_four_bits_and_every_option_together(tmp_path: Path, gpt2: Path) -> None
     training = ("--grad-accum", 2, "--batch-size", 4, "--epochs", 2, "--warmup", 2, "--schedule", "linear")
     extra = ("--gradient-checkpointing", "--dtype", "bf16", "--weight-decay", 0.1, "--seed", 3, "--max-grad-norm", 0)
     data = ("--data", tmp_path / "train.csv", "--eval-data", tmp_path / "test.csv", "--max-length", 16)
+    training += ("--loraplus-ratio", 8)
     assert run("--model", gpt2, "--task", "causal-lm", "--out", out, *data, *options, *training, *extra) == 0
     metrics, config = read(out, "metrics.json"), read(out, "adapter_config.json")
     assert (metrics["train_examples"], metrics["eval_examples"], metrics["steps"]) == (40, 8, 10)

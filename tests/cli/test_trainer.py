@@ -95,6 +95,18 @@ def test_rates() -> None:
     assert {Plan(steps=10, lr=3.0, schedule="constant").rate(i) for i in range(10)} == {3.0}
 
 
+def test_loraplus_moves_b_faster() -> None:
+    model = Bag()
+    named = {"table.lora_A": model.table, "out.lora_B": model.out}
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    plan = Plan(steps=1, lr=1e-3, schedule="constant", max_grad_norm=0, loraplus_ratio=16)
+    step = next(iter(Trainer(named, model.loss, examples(), plan)))
+    moved = {name: (parameter - before[name]).abs().max().item() for name, parameter in named.items()}
+    # Adam's first step is as long as the rate
+    assert moved == {"table.lora_A": pytest.approx(1e-3, rel=1e-3), "out.lora_B": pytest.approx(16e-3, rel=1e-3)}
+    assert step.rate == 1e-3
+
+
 def test_losses_are_means_over_all_targets_of_a_step() -> None:
     # 22 examples in batches of 4, three of them a step: 12 and 10 examples.
     model = Bag()

@@ -219,8 +219,8 @@ def test_bad_config_file(tmp_path: Path, fault: str) -> None:
     [
         "base_model.model.q.lora_A",
         "base_model.model.q.lora_A.default.weight",
-        "base_model.model.q.lora_magnitude_vector",
-        "base_model.model.embed.lora_embedding_A",
+        "base_model.model.q.lora_magnitude_vector.weight",
+        "base_model.model.embed.lora_embedding_A.weight",
         "base_model.model.embed_tokens.weight",
         "base_model.model.lora_A.weight",
         "base_model.q.lora_A.weight",
@@ -236,10 +236,16 @@ def test_unrecognised_key_is_named(key: str) -> None:
     assert repr(key) in str(caught.value)
 
 
-def test_keys_of_lora_bias_and_nested_saved_modules() -> None:
+def test_keys_of_embeddings_lora_bias_and_nested_saved_modules() -> None:
     assert split_key("base_model.model.a.b.lora_B.bias") == PeftKey("a.b", "lora_B.bias")
     assert join_key("a.b", "lora_B.bias") == "base_model.model.a.b.lora_B.bias"
     assert split_key("base_model.model.x.head.dense.weight", ["head"]) == PeftKey("x.head", "saved", "dense.weight")
+    for key, part in {
+        "base_model.model.a.lora_embedding_A": PeftKey("a", "lora_embedding_A"),
+        "base_model.model.a.base_layer.weight": PeftKey("a", "base", "weight"),
+    }.items():
+        assert split_key(key) == part
+        assert join_key(*part) == key
     with pytest.raises(FormatError, match="'lora_C'"):
         join_key("a", "lora_C")
 

@@ -21,7 +21,7 @@ from peftrt.ops._define import OPS
 from peftrt.ops._weight import weight_args
 
 HALVES = (torch.bfloat16, torch.float16)
-NATIVE_ROWS = 64  # the CUDA library multiplies up to so many rows itself
+NATIVE_ROWS = 64  # the CUDA library multiplies up to so many rows itself, whatever the device
 SHRINK = 32  # a CPU's sites are so much smaller on each side
 
 

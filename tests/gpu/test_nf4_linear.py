@@ -12,6 +12,7 @@ import peftrt
 from bench import problem, truth
 from bench.shapes import GPU_SITES, Site
 from peftrt import NF4Weight, ops
+from peftrt.ops import _native, _paths
 from peftrt.ops._weight import weight_args
 from tests.cases import FLOATS, LAYOUTS, laid_out, randn, sum_size
 from tests.gpu.places import (
@@ -234,3 +235,11 @@ def test_more_than_two_to_the_31_weights(backend: str) -> None:
         assert_close(got, expected, roundings=2, intermediate=sum_size(x, wide[:64].double().t()))
         exact_dx += truth.linear_dx(dy[:, start : start + 4096].contiguous(), wide)
     assert_close(grad, exact_dx, roundings=2, intermediate=float(exact_dx.abs().max()))
+
+
+@on_gpu
+def test_the_library_knows_what_a_device_has() -> None:
+    if _native.load_cuda() is not None:
+        pytest.skip(str(_native.load_cuda()))
+    wide = torch.cuda.get_device_capability() == (9, 0) and "9.0a" in torch.ops.peftrt_cuda.sm().split()
+    assert _native.cuda_rows(torch.device("cuda", 0)) == (_paths.WIDE_ROWS if wide else _paths.NATIVE_ROWS)

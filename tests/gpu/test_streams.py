@@ -33,14 +33,34 @@ def _calls(backend: str | None, weight: NF4Weight) -> Iterator[tuple[str, Call, 
 
         return run
 
+    forward, gradients = _lora(weight)
     for m in ROWS:
         if place.must("nf4_linear", torch.bfloat16, m):
             yield f"nf4_linear, M = {m}", by(lambda x: ops.nf4_linear(x, weight)), (m, K)
         if place.must("nf4_linear_dx", torch.bfloat16, m):
             yield f"nf4_linear_dx, M = {m}", by(lambda x: dx(x, weight)), (m, N)
+        if backend != "native":  # there is no native dropout on CUDA
+            yield f"lora_linear, M = {m}", by(forward), (m, K)
+            yield f"gradients of lora_linear, M = {m}", by(gradients), (m, K)
     yield "nf4_dequantize", by(lambda x: ops.nf4_dequantize(weight, x.dtype) + x[0, 0]), (1, 1)
     if backend != "triton":
         yield "nf4_quantize", by(lambda x: ops.nf4_quantize(x).codes), (64, K)
+
+
+def _lora(weight: NF4Weight) -> tuple[Call, Call]:
+    """lora_linear with dropout, and all of its gradients; what they need is on the device before they are called."""
+    A, B = (randn(*shape, seed=2, device="cuda").requires_grad_() for shape in ((16, K), (N, 16)))
+    seed, dy = torch.full((1,), 7, device="cuda"), _values((max(ROWS), N), 3)
+
+    def forward(x: Tensor) -> Tensor:
+        return ops.lora_linear(x, weight, A, B, 2.0, dropout_p=0.1, seed=seed)
+
+    def gradients(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        grads = torch.autograd.grad(forward(leaf), (leaf, A, B), dy[: x.shape[0]])
+        return torch.cat([grad.float().view(-1) for grad in grads])
+
+    return torch.no_grad()(forward), gradients
 
 
 def _values(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -18,7 +18,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peftrt.kernels import nf4_dequantize, nf4_linear
+from peftrt.kernels import (
+    _schedule,
+    lora_linear,
+    lora_linear_dense,
+    lora_weight_norm,
+    low_rank,
+    nf4_dequantize,
+    nf4_linear,
+)
+from peftrt.kernels._adapter import RANKS
 from peftrt.kernels._nf4 import CHUNKS, ODD, STRADDLING
 from tests.kernels import sass
 
@@ -36,6 +45,7 @@ SPILL_FREE = ("sm_90",)
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Odd sizes and addresses off 16 bytes make Triton compile another program than round ones.
 ALIGNED = [["tt.divisibility", 16]]
+ODD_SIZES = ("steps", "splits", "limit", "first")  # and M
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,7 @@ class Variant:
         names = self.kernel.arg_names
         signature = {name: "constexpr" if name in self.constants else self.types[name] for name in names}
         aligned = [i for i, name in enumerate(names) if self.round_sizes and name not in self.constants and name != "M"]
-        attributes = {
-            (i,): ALIGNED for i in aligned if signature[names[i]] != "i32" or names[i] not in ("steps", "splits")
-        }
+        attributes = {(i,): ALIGNED for i in aligned if signature[names[i]] != "fp32" and names[i] not in ODD_SIZES}
         source = ASTSource(self.kernel, signature=signature, constexprs=self.constants, attrs=attributes)
         options = {"enable_fp_fusion": False, **self.options}
         return triton.compile(source, target=TARGETS[self.target], options=options)
@@ -66,13 +74,14 @@ class Variant:
 def variants(target: str) -> Iterator[Variant]:
     yield from dequantize_variants(target)
     yield from linear_variants(target)
+    yield from lora_variants(target)
     for dtype in DTYPES:
         for bias in (True, False):
-            types = {"p_parts": "*fp32", "p_bias": f"*{dtype}", "p_out": f"*{dtype}"}
+            types = {"p_parts": "*fp32", "p_scale": "*fp32", "p_bias": f"*{dtype}", "p_out": f"*{dtype}"}
             types |= dict.fromkeys(("numel", "columns", "splits"), "i32")
-            constants = {"BIAS": bias, "SIZE": nf4_linear.SUM_SIZE}
+            constants = {"SCALE": bias, "BIAS": bias, "SIZE": _schedule.SUM_SIZE}
             name = f"sum_splits {dtype} bias={bias}"
-            yield Variant(name, target, nf4_linear.sum_splits_kernel, types, constants, {}, True, False)
+            yield Variant(name, target, _schedule.sum_splits_kernel, types, constants, {}, True, False)
 
 
 def dequantize_variants(target: str) -> Iterator[Variant]:
@@ -111,14 +120,14 @@ def linear_variants(target: str) -> Iterator[Variant]:
 
 
 def _linear(
-    target: str, dtype: str, dx: bool, align: int, block: int, config: nf4_linear.Config, nested: bool, split: bool
+    target: str, dtype: str, dx: bool, align: int, block: int, config: _schedule.Config, nested: bool, split: bool
 ) -> Variant:
     types = _weight_types(nested) | dict.fromkeys(("p_x", "p_dy", "p_bias"), f"*{dtype}")
     types |= {"p_out": "*fp32" if split else f"*{dtype}"}
     types |= dict.fromkeys(("M", "N", "K", "row_bytes", "steps"), "i32")
     constants = {"BLOCK": block, "ALIGNMENT": align, "NESTED": nested, "SPLIT": split}
     constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK}
-    constants["PRECISION"] = nf4_linear.PRECISION[ARCHITECTURE[target]]
+    constants["PRECISION"] = _schedule.PRECISION[ARCHITECTURE[target]]
     if not dx:
         constants["BIAS"] = not split
     kernel = nf4_linear.nf4_linear_dx_kernel if dx else nf4_linear.nf4_linear_kernel
@@ -126,6 +135,108 @@ def _linear(
     name = f"nf4_linear{'_dx' if dx else ''} {dtype} {tile} align={align} block={block} nested={nested} split={split}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return Variant(name, target, kernel, types, constants, options, align == CHUNKS.value, True)
+
+
+def lora_variants(target: str) -> Iterator[Variant]:
+    for base in linear_variants(target):
+        if base.constants["BLOCK"] == 64 and base.constants["NESTED"]:
+            yield from (_lora(base, everything) for everything in (False, True))
+    architecture = ARCHITECTURE[target]
+    for dtype, itemsize in DTYPES.items():
+        ranges = lora_linear_dense.DENSE_CONFIGS[architecture, itemsize]
+        for config in dict.fromkeys(replace(config, rows=0) for config in ranges):
+            for split in (False, True):
+                for dx, drop in ((False, False), (True, False), (True, True)):
+                    yield _lora_dense(target, dtype, config, split, dx, drop)
+        for rank in (16, 32, 64):
+            yield from (
+                _low_rank(target, dtype, rank, split, drop) for split in (False, True) for drop in (False, True)
+            )
+            yield from (_low_rank_gradient(target, dtype, rank, drop) for drop in (False, True))
+        yield from (_share(target, dtype, drop, aligned) for drop in (False, True) for aligned in (False, True))
+        yield from (_norm(target, dtype, align) for align in (None, CHUNKS, STRADDLING, ODD))
+
+
+SIZES = ("M", "N", "K", "R", "S", "C", "row_bytes", "steps", "limit", "first", "columns")
+STRIDES = ("stride_s", "stride_c", "stride_r", "stride_k", "stride_n", "stride_right", "stride_out")
+
+
+def _lora_types(dtype: str, *own: str) -> dict[str, str]:
+    """fp32 adapters; ``own`` are of ``dtype``."""
+    types = dict.fromkeys(("p_a", "p_b", "p_left", "p_right", "p_xa", "p_g"), "*fp32") | {"p_seed": "*i64"}
+    types |= dict.fromkeys(("p_row_scale", "p_column_scale"), "*fp32") | dict.fromkeys(("scaling", "factor"), "fp32")
+    types |= dict.fromkeys((*SIZES, *STRIDES), "i32")
+    return types | dict.fromkeys(own, f"*{dtype}")
+
+
+def _lora(base: Variant, everything: bool) -> Variant:
+    """The base's product, with an adapter; ``everything``: dropout and a row scale too."""
+    dx = base.kernel is nf4_linear.nf4_linear_dx_kernel
+    types = _lora_types("bf16") | base.types
+    constants = base.constants | {"BR": RANKS, "ROW_SCALE": everything and (dx or not base.constants["SPLIT"])}
+    if dx:
+        constants |= {"DROPOUT": everything, "WIDE": False}
+    kernel = lora_linear.lora_linear_dx_kernel if dx else lora_linear.lora_linear_kernel
+    name = base.name.replace("nf4_linear", "lora_linear") + f" everything={everything}"
+    return replace(base, name=name, kernel=kernel, types=types, constants=constants)
+
+
+def _lora_dense(target: str, dtype: str, config: _schedule.Config, split: bool, dx: bool, drop: bool) -> Variant:
+    """A weight and a B whose rows are contiguous: W and B transposed for y, W and A for dX."""
+    types = _lora_types(dtype, "p_x", "p_w", "p_bias") | {"p_out": "*fp32" if split else f"*{dtype}"}
+    ones = ("stride_c", "stride_right") if dx else ("stride_s", "stride_r")
+    constants = {"SCALED_SUM": drop, "SCALED_RESULT": not dx and not split, "BIAS": not dx and not split}
+    constants |= {"DROPOUT": drop, "WIDE": False, "SPLIT": split, "BM": config.BM, "BN": config.BN, "BK": config.BK}
+    constants |= {"BR": RANKS, "PRECISION": _schedule.PRECISION[ARCHITECTURE[target]], **dict.fromkeys(ones, 1)}
+    name = f"lora_linear_dense {dtype} {config.BM}x{config.BN}x{config.BK} split={split} dx={dx} drop={drop}"
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    kernel = lora_linear_dense.lora_linear_dense_kernel
+    return Variant(name, target, kernel, types, constants, options, True, True)
+
+
+def _low_rank(target: str, dtype: str, rank: int, split: bool, drop: bool) -> Variant:
+    """Of x and A; without dropout of dY and B."""
+    config = low_rank.narrow_configs(ARCHITECTURE[target], rank, DTYPES[dtype])[0]
+    constants = {"COLUMN_SCALE": not drop, "DROPOUT": drop, "WIDE": False, "SPLIT": split}
+    constants |= {"BM": config.BM, "BN": config.BN, "BK": config.BK, "stride_k" if drop else "stride_r": 1}
+    constants["PRECISION"] = _schedule.PRECISION[ARCHITECTURE[target]]
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    types = _lora_types(dtype, "p_x") | {"p_out": "*fp32"}
+    name = f"low_rank {dtype} rank={rank} split={split} drop={drop}"
+    return Variant(name, target, low_rank.low_rank_kernel, types, constants, options, True, True)
+
+
+def _low_rank_gradient(target: str, dtype: str, rank: int, drop: bool) -> Variant:
+    """Of A; without dropout of B."""
+    constants = {"COLUMN_SCALE": not drop, "DROPOUT": drop, "WIDE": False, "stride_k" if drop else "stride_r": 1}
+    constants |= {"BM": low_rank.GRADIENT_ROWS, "BK": low_rank.GRADIENT_COLUMNS, "BR": min(rank, 32)}
+    constants["PRECISION"] = _schedule.PRECISION[ARCHITECTURE[target]]
+    options = {"num_warps": low_rank.GRADIENT_WARPS, "num_stages": low_rank.STAGES[ARCHITECTURE[target]]}
+    types = _lora_types(dtype, "p_x") | {"p_out": "*fp32"}
+    name = f"low_rank_gradient {dtype} rank={rank} drop={drop}"
+    return Variant(name, target, low_rank.low_rank_gradient_kernel, types, constants, options, rank != 64, True)
+
+
+def _share(target: str, dtype: str, drop: bool, aligned: bool) -> Variant:
+    tile = {key: value for key, value in lora_linear_dense.SHARE.items() if key != "num_warps"}
+    constants = {"SCALED_RESULT": not drop, "BIAS": not drop, "DROPOUT": drop, "WIDE": drop, "BR": RANKS, **tile}
+    constants |= {"PRECISION": _schedule.PRECISION[ARCHITECTURE[target]], "stride_right" if drop else "stride_r": 1}
+    types = _lora_types(dtype, "p_out", "p_bias")
+    options = {"num_warps": lora_linear_dense.SHARE["num_warps"]}
+    name = f"adapter_share {dtype} drop={drop} aligned={aligned}"
+    return Variant(name, target, lora_linear_dense.adapter_share_kernel, types, constants, options, aligned, True)
+
+
+def _norm(target: str, dtype: str, align: Any) -> Variant:
+    dense = align is None
+    types = _lora_types(dtype) | _weight_types(True) | {"p_weight": f"*{dtype}" if dense else "*u8", "p_out": "*fp32"}
+    constants = {"DENSE": dense, "BLOCK": 1 if dense else 64, "ALIGNMENT": CHUNKS.value if dense else align.value}
+    constants |= {"NESTED": not dense, "BM": lora_weight_norm.ROWS, "BK": lora_weight_norm.COLUMNS}
+    constants |= {"BR": RANKS, "PRECISION": _schedule.PRECISION[ARCHITECTURE[target]]}
+    options = {"num_warps": lora_weight_norm.WARPS, "num_stages": lora_weight_norm.STAGES}
+    name = f"lora_weight_norm {dtype} {'dense' if dense else f'align={align.value}'}"
+    round_sizes = dense or align is CHUNKS
+    return Variant(name, target, lora_weight_norm.lora_weight_norm_kernel, types, constants, options, round_sizes, True)
 
 
 def _weight_types(nested: bool) -> dict[str, str]:
@@ -189,13 +300,15 @@ def _amd_faults(variant: Variant, code: Any) -> list[str]:
 
 
 def sample(size: int, seed: int) -> list[Variant]:
-    """A share of every target's variants, with each kernel among them."""
+    """A share of every target's variants: with each kernel among them on sm_90, elsewhere one of each file."""
     drawn: list[Variant] = []
     for target in TARGETS:
-        everything = list(variants(target))
-        for kernel in dict.fromkeys(variant.kernel for variant in everything):
-            own = [variant for variant in everything if variant.kernel is kernel]
-            drawn += random.Random(f"{seed} {target} {kernel.__name__}").sample(own, min(size, len(own)))
+        groups: dict[str, list[Variant]] = {}
+        for variant in variants(target):
+            kernel = variant.kernel
+            groups.setdefault(kernel.__name__ if target == "sm_90" else kernel.__module__, []).append(variant)
+        for name, own in groups.items():
+            drawn += random.Random(f"{seed} {target} {name}").sample(own, min(size, len(own)))
     return drawn
 
 

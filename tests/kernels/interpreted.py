@@ -13,6 +13,7 @@ from torch import Tensor
 
 import peftrt
 from peftrt import NF4Weight
+from peftrt.kernels import _schedule
 from peftrt.kernels import nf4_dequantize as dequantize_module
 from peftrt.kernels import nf4_linear as linear_module
 from peftrt.ops import _panels, _paths, _triton
@@ -83,7 +84,7 @@ def test_columns_have_the_bits_of_the_whole(n: int, k: int, block: int, nested: 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_and_dx_by_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device where there are many rows; the linear kernels are not run."""
-    monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
+    monkeypatch.setattr(_paths, "path", lambda direction, x, **_: _paths.PANELS)
     monkeypatch.setattr(_panels, "width", lambda rows, depth, total, step, *_: min(step, total))
     monkeypatch.setattr(linear_module, "_launch", lambda *_: pytest.fail("the fused kernel ran"))
     for n, k, nested in ((300, 192, True), (33, 128, False)):
@@ -92,7 +93,7 @@ def test_linear_and_dx_by_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 
 
 def test_where_columns_cannot_be_told_apart_dx_goes_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_paths, "path", lambda direction, x: _paths.PANELS)
+    monkeypatch.setattr(_paths, "path", lambda direction, x, **_: _paths.PANELS)
     w = nf4(40, 70)
     check_linear(randn(7, 70, seed=2), randn(7, 40, seed=3), w, None)
 
@@ -138,15 +139,15 @@ def test_linear_and_dx_over_drawn_shapes(
 @pytest.mark.parametrize(("n", "k"), [(128, 1088), (1088, 128), (70, 1000), (1000, 70)])
 def test_a_sum_split_among_programs(n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    sum_splits = linear_module.sum_splits_kernel
+    sum_splits = _schedule.sum_splits_kernel
 
     class Counted:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             launched.append(grid)
             return sum_splits[grid]
 
-    monkeypatch.setattr(linear_module, "processors", lambda device: 132)
-    monkeypatch.setattr(linear_module, "sum_splits_kernel", Counted())
+    monkeypatch.setattr(_schedule, "processors", lambda device: 132)
+    monkeypatch.setattr(_schedule, "sum_splits_kernel", Counted())
     w = nf4(n, k)
     bias = randn(n, seed=4, dtype=torch.float16)
     check_linear(randn(3, k, seed=2, dtype=torch.float16), randn(3, n, seed=3, dtype=torch.float16), w, bias)
@@ -154,7 +155,7 @@ def test_a_sum_split_among_programs(n: int, k: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_bits_of_a_row_do_not_depend_on_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "processors", lambda device: 132)
+    monkeypatch.setattr(_schedule, "processors", lambda device: 132)
     w = nf4(128, 1088)
     x = randn(16, 1088, seed=2, dtype=torch.float16)
     dy = randn(16, 128, seed=3, dtype=torch.float16)

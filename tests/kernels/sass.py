@@ -80,12 +80,13 @@ def _races_along(lines: list[Line]) -> list[str]:
         flying = [*groups, *([pending] if pending is not None else [])]
         if name.startswith("STS") and flying:
             found.append(f"{text} writes shared memory under a wgmma in flight")
-        if _written(text) & set().union(*flying):
+        if written(text) & set().union(*flying):
             found.append(f"{text} writes a register that a wgmma in flight reads")
     return found
 
 
-def _written(text: str) -> set[int]:
+def written(text: str) -> set[int]:
+    """The registers that an instruction writes."""
     name = text.split()[0]
     result = re.match(r"\S+\s+R(\d+)\b", text)
     if result is None or name.startswith(_NO_RESULT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from peftrt.kernels import nf4_linear
+from peftrt.kernels import _schedule, lora_linear, lora_linear_dense, low_rank, nf4_linear
 from peftrt.ops import _paths
 from tests.kernels import compiled, sass
 
@@ -30,27 +31,36 @@ def test_compiles_to_sound_code(variant: compiled.Variant) -> None:
     assert compiled.faults(variant) == []
 
 
+KERNELS = {
+    "forward": (nf4_linear.nf4_linear_kernel, lora_linear.lora_linear_kernel),
+    "dx": (nf4_linear.nf4_linear_dx_kernel, lora_linear.lora_linear_dx_kernel),
+}
+
+
 def test_every_configuration_is_among_the_variants() -> None:
     for target in compiled.TARGETS:
         tiles = {
-            (v.kernel, v.types["p_x"], v.constants["BM"], v.constants["BN"], v.constants["BK"], v.options["num_stages"])
+            (v.kernel, v.types["p_x"], *(v.constants.get(side) for side in ("BM", "BN", "BK")), v.options["num_stages"])
             for v in compiled.variants(target)
-            if v.tensor_cores
+            if v.tensor_cores and "p_x" in v.types
         }
         architecture = compiled.ARCHITECTURE[target]
-        for (owner, direction, itemsize), configs in nf4_linear.CONFIGS.items():
-            kernel = nf4_linear.nf4_linear_dx_kernel if direction == "dx" else nf4_linear.nf4_linear_kernel
+        tables = [(key, configs, KERNELS[key[1]]) for key, configs in nf4_linear.CONFIGS.items()]
+        dense = (lora_linear_dense.lora_linear_dense_kernel,)
+        tables += [(key, configs, dense) for key, configs in lora_linear_dense.DENSE_CONFIGS.items()]
+        for (owner, *_, itemsize), configs, kernels in tables:
             for dtype in (d for d, size in compiled.DTYPES.items() if size == itemsize and owner == architecture):
-                for c in configs:
+                for c, kernel in itertools.product(configs, kernels):
                     assert (kernel, f"*{dtype}", c.BM, c.BN, c.BK, c.stages) in tiles
 
 
 def test_every_number_of_rows_has_a_configuration() -> None:
     everything = [*nf4_linear.CONFIGS.values(), *nf4_linear.STRADDLING_CONFIGS.values()]
+    everything += [*lora_linear_dense.DENSE_CONFIGS.values(), low_rank.narrow_configs("sm_90", 16, 2)]
     for configs in everything:
         rows = [config.rows for config in configs]
         assert rows == sorted(set(rows))
-        assert rows[-1] == nf4_linear.MANY
+        assert rows[-1] == _schedule.MANY
 
 
 def test_every_range_is_one_that_the_table_sends_here() -> None:
@@ -59,7 +69,7 @@ def test_every_range_is_one_that_the_table_sends_here() -> None:
         classes = {"sm_90": ("sm_90", "sm_100")}.get(architecture, (architecture,))
         most = max(_paths.TABLE[name][direction, itemsize].tile for name in classes)
         *ranges, last = configs
-        assert last.rows == nf4_linear.MANY
+        assert last.rows == _schedule.MANY
         assert all(config.rows < most for config in ranges), (architecture, direction, itemsize)
 
 
@@ -83,12 +93,12 @@ def test_programs_are_two_a_multiprocessor_at_most(
     rows: int, columns: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no fewer than half of that, unless the sum is too short."""
-    monkeypatch.setattr(nf4_linear, "processors", lambda device: 132)
+    monkeypatch.setattr(_schedule, "processors", lambda device: 132)
     ranges = nf4_linear.configs("sm_90", False, 2, compiled.CHUNKS.value)
-    config, fewest = nf4_linear._config(ranges, rows)
+    config, fewest = _schedule.config_for(ranges, rows)
     assert fewest <= rows <= config.rows
     total, tiles = 4096 // config.BK, triton.cdiv(columns, config.BN) * triton.cdiv(fewest, config.BM)
-    steps = nf4_linear._steps(config, tiles, total, torch.device("cpu"))
+    steps = _schedule.steps_for(config, tiles, total, torch.device("cpu"))
     assert triton.cdiv(total, steps) == splits
     assert splits == 1 or tiles * splits <= 264
 

@@ -1,4 +1,4 @@
-"""Runs interpreted.py where Triton interprets: the environment must say so before Triton is imported."""
+"""Runs the files interpreted*.py where Triton interprets: the environment must say so before Triton is imported."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from peftrt.ops._backend import choose
 from peftrt.ops._define import OPS
 from tests.cases import nf4, randn
 
-CASES = Path(__file__).with_name("interpreted.py")
-ROOT = CASES.parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", ["interpreted.py", "interpreted_lora.py"])
+def test_kernels_in_the_interpreter(cases: str) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

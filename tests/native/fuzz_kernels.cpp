@@ -5,134 +5,19 @@
 // Every buffer is a heap block of exactly its size at an odd address. tests/test_native_sanitizers.py builds with
 // AddressSanitizer and UndefinedBehaviorSanitizer, where one byte read or written outside is an error;
 // tests/test_native_emulated.py for another CPU than this one.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <thread>
-#include <vector>
-
 #include "cpu/kernels.h"
+#include "fuzz_values.h"
 #include "nf4.h"
 
 namespace {
 
+using peftrt::cpu::Base;
 using peftrt::cpu::Dropout;
-using peftrt::cpu::Dtype;
 using peftrt::cpu::Kernels;
 using peftrt::cpu::LowRank;
 using peftrt::cpu::LowRankGradient;
-using peftrt::cpu::Parallel;
+using peftrt::cpu::Parts;
 using peftrt::cpu::Weight;
-
-std::mt19937_64 generator;
-
-int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[generator() % values.size()]; }
-
-// `size` bytes that start one byte into a heap block and end with it.
-class Bytes {
- public:
-  explicit Bytes(size_t size) : block_(new uint8_t[size + 1]), size_(size) {
-    for (size_t i = 0; i <= size; ++i) block_[i] = 0xff;  // NaN in every dtype
-  }
-  uint8_t* get() const { return block_.get() + 1; }
-  size_t size() const { return size_; }
-
- private:
-  std::unique_ptr<uint8_t[]> block_;
-  size_t size_;
-};
-
-size_t width(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-float half_to_float(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 0    ? std::ldexp(float(fraction), -24)
-                          : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                           : std::ldexp(float(fraction + 1024), exponent - 25);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-double read(const Bytes& bytes, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::kFloat32) {
-    float value;
-    std::memcpy(&value, bytes.get() + 4 * i, 4);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, bytes.get() + 2 * i, 2);
-  if (dtype == Dtype::kFloat16) return half_to_float(bits);
-  const uint32_t word = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-// The nearest number of the dtype, ties to even, by way of doubles; overflow aside.
-double rounded(float value, Dtype dtype) {
-  if (dtype == Dtype::kFloat32 || value == 0) return value;
-  const bool half = dtype == Dtype::kFloat16;
-  const int exponent = std::max(std::ilogb(value), half ? -14 : -126);
-  const double quantum = std::ldexp(1.0, exponent - (half ? 10 : 7));
-  return std::nearbyint(value / quantum) * quantum;
-}
-
-// A multiple of 1/16 in [-2, 2]: the same number in every dtype.
-void write_small(const Bytes& bytes, Dtype dtype, int64_t i) {
-  const float value = float(int64_t(generator() % 65) - 32) / 16;
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  if (dtype == Dtype::kFloat32) {
-    std::memcpy(bytes.get() + 4 * i, &word, 4);
-    return;
-  }
-  uint16_t bits = uint16_t(word >> 16);
-  if (dtype == Dtype::kFloat16) {
-    const int exponent = int(word >> 23 & 255) - 127 + 15;
-    bits = value == 0 ? 0 : uint16_t((word >> 16 & 0x8000) | unsigned(exponent) << 10 | (word >> 13 & 1023));
-  }
-  std::memcpy(bytes.get() + 2 * i, &bits, 2);
-}
-
-void run_threads(int64_t tasks, Parallel::Body body, void* context) {
-  const int64_t middle = tasks / 2;
-#if defined(PEFTRT_FUZZ_ONE_THREAD)  // for emulators of a bare CPU
-  body(0, middle, context);
-  body(middle, tasks, context);
-#else
-  std::thread other([=] { body(0, middle, context); });
-  body(middle, tasks, context);
-  other.join();
-#endif
-}
-
-constexpr float kTiny[] = {0x1p-130f, 0x1p-130f, 0x1p-18f};
-
-struct Case {
-  Dtype dtype;
-  int64_t m, n, k;
-  int block_size;
-  bool nested, bias;
-};
-
-int fail(const char* op, const Case& c, int64_t i, double got, double want) {
-  std::printf("%s: dtype %d M %ld N %ld K %ld G %d nested %d bias %d: element %ld is %.9g, expected %.9g\n", op,
-              int(c.dtype), long(c.m), long(c.n), long(c.k), c.block_size, c.nested, c.bias, long(i), got, want);
-  return 1;
-}
-
-int compare(const char* op, const Case& c, const Bytes& out, const std::vector<double>& want,
-            const std::vector<double>& magnitude) {
-  const double relative = c.dtype == Dtype::kFloat32 ? 2e-6 : c.dtype == Dtype::kBFloat16 ? 5e-3 : 1e-3;
-  for (size_t i = 0; i < want.size(); ++i) {
-    const double got = read(out, c.dtype, int64_t(i));
-    if (!(std::fabs(got - want[i]) <= relative * magnitude[i] + 1e-7)) return fail(op, c, int64_t(i), got, want[i]);
-  }
-  return 0;
-}
 
 uint32_t mix(uint32_t word) {
   word = (word ^ word >> 16) * 0x85ebca6bu;
@@ -174,104 +59,212 @@ int run_conversions(const Kernels& kernels, const Case& c) {
   return 0;
 }
 
+// Factors of the rows of W, some of them 0 or negative.
+Bytes random_row_scale(int64_t n) {
+  Bytes scale(size_t(n) * 4);
+  for (int64_t i = 0; i < n; ++i) write_small(scale, Dtype::kFloat32, i);
+  return scale;
+}
+
+// Up to four parts of n outputs, some of them empty.
+struct RandomParts {
+  std::vector<int64_t> ends;
+
+  explicit RandomParts(int64_t n) : ends(size_t(pick({1, 1, 2, 3, 4})), n) {
+    for (size_t i = 0; i + 1 < ends.size(); ++i) ends[i] = int64_t(generator() % uint64_t(n + 1));
+    std::sort(ends.begin(), ends.end());
+  }
+  Parts get() const { return {int(ends.size()), ends.data()}; }
+};
+
 // nf4_linear with an adapter of its own, beside a base whose exact results are `want`.
-int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& x, const uint8_t* bias,
+int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& x, const Bytes* bias,
                 std::vector<double> want, std::vector<double> magnitude, const Parallel& parallel) {
   const int64_t rank = pick({0, 1, 2, 3, 7, 8, 9, 12, 13, 16, 17, 40, 64, 65, 130, 300});
   const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
   const bool drops = generator() % 2;
-  Case wide = c;  // of x A^T, and of what the adapter sees of x
-  wide.dtype = Dtype::kFloat32, wide.n = rank;
-  Bytes a(size_t(rank * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)), xa(size_t(c.m * rank) * 4),
-      dropped(size_t(c.m * c.k) * 4), y(size_t(c.m * c.n) * width(c.dtype));
-  for (int64_t i = 0; i < rank * c.k; ++i) write_small(a, a_dtype, i);
+  const RandomParts random(c.n);
+  const Parts parts = random.get();
+  const int64_t columns = rank * parts.count;  // of x A^T
+  Case wide = c;                               // of x A^T, and of what the adapter sees of x
+  wide.dtype = Dtype::kFloat32, wide.n = columns;
+  Bytes a(size_t(columns * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)),
+      xa(size_t(c.m * columns) * 4), dropped(size_t(c.m * c.k) * 4), y(size_t(c.m * c.n) * width(c.dtype));
+  for (int64_t i = 0; i < columns * c.k; ++i) write_small(a, a_dtype, i);
   for (int64_t i = 0; i < c.n * rank; ++i) write_small(b, b_dtype, i);
   for (int64_t i = 0; i < c.m * c.k; ++i) write_small(dropped, wide.dtype, i);
-  const auto floats = [](const Bytes& bytes) { return reinterpret_cast<float*>(bytes.get()); };
-  const LowRank adapter = {rank,   a_dtype,   b_dtype, a.get(), b.get(), drops ? floats(dropped) : nullptr,
-                           0.375f, floats(xa)};
-  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), bias, &adapter, y.get(), parallel);
+  const bool scales = generator() % 2;
+  const Bytes row_scale = random_row_scale(c.n);
+  const LowRank adapter = {rank,
+                           parts,
+                           a_dtype,
+                           b_dtype,
+                           a.get(),
+                           b.get(),
+                           drops ? floats(dropped) : nullptr,
+                           0.375f,
+                           scales ? floats(row_scale) : nullptr,
+                           floats(xa)};
+  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), bias == nullptr ? nullptr : bias->get(), &adapter, y.get(),
+                     parallel);
 
-  std::vector<double> xa_want(size_t(c.m * rank)), xa_magnitude(xa_want);
-  for (int64_t i = 0; i < c.m * rank; ++i)
+  std::vector<double> xa_want(size_t(c.m * columns)), xa_magnitude(xa_want);
+  for (int64_t i = 0; i < c.m * columns; ++i)
     for (int64_t k = 0; k < c.k; ++k) {
-      const int64_t at = i / rank * c.k + k;
+      const int64_t at = i / columns * c.k + k;
       const double seen = drops ? read(dropped, wide.dtype, at) : read(x, c.dtype, at);
-      const double product = seen * read(a, a_dtype, i % rank * c.k + k);
+      const double product = seen * read(a, a_dtype, i % columns * c.k + k);
       xa_want[size_t(i)] += product, xa_magnitude[size_t(i)] += std::fabs(product);
     }
   if (compare("nf4_linear, x A^T", wide, xa, xa_want, xa_magnitude)) return 1;
   for (int64_t i = 0; i < c.m * c.n; ++i)
     for (int64_t r = 0; r < rank; ++r) {
-      const size_t at = size_t(i / c.n * rank + r);
+      const size_t at = size_t(i / c.n * columns + parts.of(i % c.n) * rank + r);
       const double factor = 0.375 * read(b, b_dtype, i % c.n * rank + r);
       want[size_t(i)] += xa_want[at] * factor, magnitude[size_t(i)] += xa_magnitude[at] * std::fabs(factor);
     }
+  for (int64_t i = 0; scales && i < c.m * c.n; ++i) {
+    // what `want` has of the bias is not multiplied
+    const double factor = read(row_scale, wide.dtype, i % c.n);
+    const double added = bias == nullptr ? 0 : read(*bias, c.dtype, i % c.n);
+    want[size_t(i)] = factor * (want[size_t(i)] - added) + added;
+    magnitude[size_t(i)] = std::fabs(factor) * (magnitude[size_t(i)] - std::fabs(added)) + std::fabs(added);
+  }
   return compare("nf4_linear, adapter", c, y, want, magnitude);
 }
 
-// The sums of products a[i][p] * b[p][j] and of their magnitudes, each times `factor`.
-struct Sums {
-  std::vector<double> value, magnitude;
-};
-template <class A, class B>
-Sums product(int64_t rows, int64_t depth, int64_t columns, double factor, const A& a, const B& b) {
-  Sums sums = {std::vector<double>(size_t(rows * columns)), std::vector<double>(size_t(rows * columns))};
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t p = 0; p < depth; ++p)
-      for (int64_t j = 0; j < columns; ++j) {
-        const double term = factor * a(i, p) * b(p, j);
-        sums.value[size_t(i * columns + j)] += term, sums.magnitude[size_t(i * columns + j)] += std::fabs(term);
-      }
-  return sums;
-}
-
-// What flows back into an adapter, and through it into dx, beside a base whose exact dx is `base`.
-int run_gradient(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& x, const Bytes& dy,
-                 Sums base, const Parallel& parallel) {
+// What flows back into an adapter, and through it into dx, over a base whose values are `w`.
+int run_gradient(const Kernels& kernels, const Case& c, const Weight& weight, const std::vector<double>& w,
+                 const Bytes& x, const Bytes& dy, const Parallel& parallel) {
   const int64_t rank = pick({0, 1, 2, 5, 6, 7, 8, 15, 16, 17, 40, 64, 130, 300});
   const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
   const Dropout dropout = random_dropout();
   const bool drops = generator() % 2;
-  Bytes a(size_t(rank * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)), xa(size_t(c.m * rank) * 4),
-      g(size_t(c.m * rank) * 4), da(size_t(rank * c.k) * 4), db(size_t(c.n * rank) * 4),
-      dx(size_t(c.m * c.k) * width(c.dtype));
+  const RandomParts random(c.n);
+  const Parts parts = random.get();
+  const int64_t columns = rank * parts.count;  // of x A^T and of g
+  Bytes a(size_t(columns * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)),
+      xa(size_t(c.m * columns) * 4), g(size_t(c.m * columns) * 4), da(size_t(columns * c.k) * 4),
+      db(size_t(c.n * rank) * 4), dx(size_t(c.m * c.k) * width(c.dtype));
   Case wide = c;  // of what is in fp32
-  wide.dtype = Dtype::kFloat32, wide.n = rank;
-  for (int64_t i = 0; i < rank * c.k; ++i) write_small(a, a_dtype, i);
+  wide.dtype = Dtype::kFloat32, wide.n = columns;
+  for (int64_t i = 0; i < columns * c.k; ++i) write_small(a, a_dtype, i);
   for (int64_t i = 0; i < c.n * rank; ++i) write_small(b, b_dtype, i);
-  for (int64_t i = 0; i < c.m * rank; ++i) write_small(xa, wide.dtype, i);
-  const auto floats = [](const Bytes& bytes) { return reinterpret_cast<float*>(bytes.get()); };
-  const LowRankGradient adapter = {rank,   a_dtype,  b_dtype, a.get(), b.get(), drops ? &dropout : nullptr,
-                                   0.375f, floats(g)};
+  for (int64_t i = 0; i < c.m * columns; ++i) write_small(xa, wide.dtype, i);
+  const bool scales = generator() % 2;
+  const Bytes row_scale = random_row_scale(c.n);
+  const LowRankGradient adapter = {rank,
+                                   parts,
+                                   a_dtype,
+                                   b_dtype,
+                                   a.get(),
+                                   b.get(),
+                                   drops ? &dropout : nullptr,
+                                   0.375f,
+                                   scales ? floats(row_scale) : nullptr,
+                                   floats(g)};
   const bool needs_da = generator() % 4, needs_db = generator() % 4;
   kernels.low_rank_gradient(c.dtype, c.m, c.n, c.k, dy.get(), x.get(), floats(xa), adapter,
                             needs_da ? floats(da) : nullptr, needs_db ? floats(db) : nullptr, parallel);
   kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), &adapter, dx.get(), parallel);
 
-  const auto at_dy = [&](int64_t m, int64_t n) { return read(dy, c.dtype, m * c.n + n); };
-  const auto at_b = [&](int64_t n, int64_t r) { return read(b, b_dtype, n * rank + r); };
+  const auto at_dy = [&](int64_t m, int64_t n) {
+    return read(dy, c.dtype, m * c.n + n) * (scales ? read(row_scale, wide.dtype, n) : 1.0);
+  };
+  const auto at_b = [&](int64_t n, int64_t r) {
+    return r / rank == parts.of(n) ? read(b, b_dtype, n * rank + r % rank) : 0.0;
+  };
   const auto at_a = [&](int64_t r, int64_t k) { return read(a, a_dtype, r * c.k + k); };
   const auto share = [&](int64_t m, int64_t k) { return !drops ? 1.0 : kept(dropout, m * c.k + k) ? 1 / 0.7f : 0.0; };
-  const Sums g_want = product(c.m, c.n, rank, 0.375, at_dy, at_b);
+  const Sums g_want = product(c.m, c.n, columns, 0.375, at_dy, at_b);
   if (compare("g", wide, g, g_want.value, g_want.magnitude)) return 1;
   // from here on with g as it is: its own error is not the next product's
-  const auto at_g = [&](int64_t m, int64_t r) { return read(g, wide.dtype, m * rank + r); };
+  const auto at_g = [&](int64_t m, int64_t r) { return read(g, wide.dtype, m * columns + r); };
   const Sums da_want = product(
-      rank, c.m, c.k, 1.0, [&](int64_t r, int64_t m) { return at_g(m, r); },
+      columns, c.m, c.k, 1.0, [&](int64_t r, int64_t m) { return at_g(m, r); },
       [&](int64_t m, int64_t k) { return share(m, k) * read(x, c.dtype, m * c.k + k); });
   if (needs_da && compare("dA", wide, da, da_want.value, da_want.magnitude)) return 1;
-  const Sums db_want = product(
-      c.n, c.m, rank, 0.375, [&](int64_t n, int64_t m) { return at_dy(m, n); },
-      [&](int64_t m, int64_t r) { return read(xa, wide.dtype, m * rank + r); });
+  const Sums all = product(
+      c.n, c.m, columns, 0.375, [&](int64_t n, int64_t m) { return at_dy(m, n); },
+      [&](int64_t m, int64_t r) { return read(xa, wide.dtype, m * columns + r); });
+  Sums db_want;
+  for (int64_t i = 0; i < c.n * rank; ++i) {
+    const size_t at = size_t(i / rank * columns + parts.of(i / rank) * rank + i % rank);
+    db_want.value.push_back(all.value[at]), db_want.magnitude.push_back(all.magnitude[at]);
+  }
   if (needs_db && compare("dB", wide, db, db_want.value, db_want.magnitude)) return 1;
-  const Sums through = product(c.m, rank, c.k, 1.0, at_g, at_a);
+  Sums base = product(c.m, c.n, c.k, 1.0, at_dy, [&](int64_t n, int64_t k) { return w[size_t(n * c.k + k)]; });
+  const Sums through = product(c.m, columns, c.k, 1.0, at_g, at_a);
   for (int64_t i = 0; i < c.m * c.k; ++i) {
     const double factor = share(i / c.k, i % c.k);
     base.value[size_t(i)] += factor * through.value[size_t(i)];
     base.magnitude[size_t(i)] += factor * through.magnitude[size_t(i)];
   }
   return compare("nf4_linear_dx, adapter", c, dx, base.value, base.magnitude);
+}
+
+// The norms of the rows of an NF4 weight, of its values in `dense` (of c.dtype) and of those column by column.
+int run_weight_norm(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& dense,
+                    const Parallel& parallel) {
+  const int64_t rank = pick({0, 1, 3, 8, 16, 17, 70}), numel = c.n * c.k;
+  const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
+  const RandomParts random(c.n);
+  const Parts parts = random.get();
+  const int64_t rows = rank * parts.count;  // of A
+  Bytes a(size_t(rows * c.k) * width(a_dtype)), b(size_t(c.n * rank) * width(b_dtype)), norms(size_t(c.n) * 4),
+      columns(dense.size()), exact(size_t(numel) * 4);
+  for (int64_t i = 0; i < rows * c.k; ++i) write_small(a, a_dtype, i);
+  for (int64_t i = 0; i < c.n * rank; ++i) write_small(b, b_dtype, i);
+  for (int64_t i = 0; i < numel; ++i)
+    std::memcpy(columns.get() + size_t(i % c.k * c.n + i / c.k) * width(c.dtype),
+                dense.get() + size_t(i) * width(c.dtype), width(c.dtype));
+  kernels.nf4_dequantize(weight, Dtype::kFloat32, exact.get(), parallel);
+  LowRank adapter = {};
+  adapter.rank = rank, adapter.parts = parts, adapter.a_dtype = a_dtype, adapter.b_dtype = b_dtype, adapter.a = a.get(),
+  adapter.b = b.get();
+  adapter.scaling = 0.375f;
+  const Base bases[] = {{&weight, Dtype::kFloat32, nullptr, c.n, c.k, 0, false},
+                        {nullptr, c.dtype, dense.get(), c.n, c.k, c.k, false},
+                        {nullptr, c.dtype, columns.get(), c.n, c.k, c.n, true}};
+  for (const Base& base : bases) {
+    kernels.lora_weight_norm(base, adapter, floats(norms), parallel);
+    for (int64_t n = 0; n < c.n; ++n) {
+      double squares = 0, terms = 0;  // the terms whose roundings a norm has: its sums may cancel
+      for (int64_t k = 0; k < c.k; ++k) {
+        const double w = base.nf4 ? read(exact, Dtype::kFloat32, n * c.k + k) : read(dense, c.dtype, n * c.k + k);
+        double sum = w, absolute = std::fabs(w);
+        for (int64_t r = 0; r < rank; ++r) {
+          const double term =
+              0.375 * read(b, b_dtype, n * rank + r) * read(a, a_dtype, (parts.of(n) * rank + r) * c.k + k);
+          sum += term, absolute += std::fabs(term);
+        }
+        squares += sum * sum, terms += absolute * absolute;
+      }
+      const double got = read(norms, Dtype::kFloat32, n), want = std::sqrt(squares);
+      if (!(std::fabs(got - want) <= 2e-6 * std::sqrt(terms) + 1e-18)) return fail("lora_weight_norm", c, n, got, want);
+    }
+  }
+  return 0;
+}
+
+int run_row_scale_gradient(const Kernels& kernels, const Case& c, const Bytes& dy, const Bytes& y, const Bytes* bias,
+                           const Parallel& parallel) {
+  Case wide = c;
+  wide.dtype = Dtype::kFloat32;
+  const Bytes row_scale = random_row_scale(c.n);
+  Bytes out(size_t(c.n) * 4);
+  kernels.row_scale_gradient(c.dtype, c.m, c.n, dy.get(), y.get(), bias == nullptr ? nullptr : bias->get(),
+                             floats(row_scale), floats(out), parallel);
+  std::vector<double> want(size_t(c.n)), magnitude(want);
+  for (int64_t n = 0; n < c.n; ++n) {
+    const double scale = read(row_scale, wide.dtype, n), added = bias == nullptr ? 0 : read(*bias, c.dtype, n);
+    for (int64_t m = 0; scale != 0 && m < c.m; ++m) {
+      const double factor = read(dy, c.dtype, m * c.n + n) / scale, value = read(y, c.dtype, m * c.n + n);
+      want[size_t(n)] += factor * (value - added);
+      magnitude[size_t(n)] += std::fabs(factor) * (std::fabs(value) + std::fabs(added));
+    }
+  }
+  return compare("row_scale_gradient", wide, out, want, magnitude);
 }
 
 int run_case(const Kernels& kernels, const Case& c) {
@@ -327,7 +320,7 @@ int run_case(const Kernels& kernels, const Case& c) {
     want[size_t(i)] = sum, magnitude[size_t(i)] = absolute;
   }
   if (compare("nf4_linear", c, y, want, magnitude)) return 1;
-  if (run_adapter(kernels, c, weight, x, c.bias ? bias.get() : nullptr, want, magnitude, parallel)) return 1;
+  if (run_adapter(kernels, c, weight, x, c.bias ? &bias : nullptr, want, magnitude, parallel)) return 1;
 
   Bytes dy(size_t(c.m * c.n) * width(c.dtype)), dx(size_t(c.m * c.k) * width(c.dtype));
   for (int64_t i = 0; i < c.m * c.n; ++i) write_small(dy, c.dtype, i);
@@ -336,7 +329,9 @@ int run_case(const Kernels& kernels, const Case& c) {
       c.m, c.n, c.k, 1.0, [&](int64_t m, int64_t n) { return read(dy, c.dtype, m * c.n + n); },
       [&](int64_t n, int64_t k) { return w[size_t(n * c.k + k)]; });
   if (compare("nf4_linear_dx", c, dx, dx_want.value, dx_want.magnitude)) return 1;
-  if (run_gradient(kernels, c, weight, x, dy, dx_want, parallel)) return 1;
+  if (run_gradient(kernels, c, weight, w, x, dy, parallel)) return 1;
+  if (run_weight_norm(kernels, c, weight, dense, parallel)) return 1;
+  if (run_row_scale_gradient(kernels, c, dy, y, c.bias ? &bias : nullptr, parallel)) return 1;
   return run_conversions(kernels, c);
 }
 

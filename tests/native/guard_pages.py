@@ -53,8 +53,14 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
     torch.ops.peftrt_cpu.nf4_linear_dx(floats(m, n), *weight, dx)
     lora_A, lora_B = floats(3, k), floats(n, 3)
     adapted = torch.ops.peftrt_cpu.nf4_lora_linear(
-        floats(m, k), None, *weight[:4], n, k, block_size, lora_A, lora_B, 0.5, None
+        floats(m, k), None, *weight[:4], n, k, block_size, lora_A, lora_B, 0.5, None, None
     )
+    norms = torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, block_size, lora_A, lora_B, 0.5)
+    flat = floats(n, k)
+    of_dense = torch.ops.peftrt_cpu.lora_weight_norm(flat, None, None, None, n, k, 0, lora_A, lora_B, 0.5)
+    of_columns = torch.ops.peftrt_cpu.lora_weight_norm(floats(k, n).t(), None, None, None, n, k, 0, lora_A, lora_B, 0.5)
+    scale = at_the_end(4 * n, torch.float32, (n,))
+    dscale = torch.ops.peftrt_cpu.row_scale_gradient(floats(m, n), floats(m, n), None, scale)
     quantised = (
         at_the_end((n * k + 1) // 2, torch.uint8, (-1,), "nan"),
         at_the_end(4 * blocks, torch.uint8, (-1,), "nan"),
@@ -62,7 +68,18 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
     torch.ops.peftrt_cpu.nf4_quantize(dense, block_size, *quantised)
     nested_out = at_the_end(blocks, torch.uint8, (-1,), "nan"), at_the_end(4 * runs, torch.uint8, (-1,), "nan")
     torch.ops.peftrt_cpu.nf4_quantize_scales(quantised[1], offset, *nested_out)
-    for out in (dense, y, dx, *adapted, quantised[1].view(torch.float32), nested_out[1].view(torch.float32)):
+    for out in (
+        dense,
+        y,
+        dx,
+        *adapted,
+        norms,
+        of_dense,
+        of_columns,
+        dscale,
+        quantised[1].view(torch.float32),
+        nested_out[1].view(torch.float32),
+    ):
         assert out.isfinite().all(), (m, n, k, block_size, dtype)
     keep.clear()
 

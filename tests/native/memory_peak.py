@@ -36,7 +36,7 @@ if __name__ == "__main__":
     for m in (1, 4, 16, 64):  # code and threads come into memory once, and are not what is measured
         torch.ops.peftrt_cpu.nf4_linear_dx(torch.ones(m, 64), *small, torch.empty(m, 64))
         torch.ops.peftrt_cpu.nf4_lora_linear(
-            torch.ones(m, 64), None, *small[:4], 64, 64, 64, torch.ones(4, 64), torch.ones(64, 4), 0.5, None
+            torch.ones(m, 64), None, *small[:4], 64, 64, 64, torch.ones(4, 64), torch.ones(64, 4), 0.5, None, None
         )
     for m in (1, 4, 16, 64):
         x, y = torch.randn(m, K), torch.empty(m, N)
@@ -54,7 +54,9 @@ if __name__ == "__main__":
         A, B = torch.randn(16, K), torch.randn(N, 16)
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
-        torch.ops.peftrt_cpu.nf4_lora_linear(x, None, *weight[:4], N, K, 64, A, B, 0.5, None)
+        scale = torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], N, K, 64, A, B, 0.5)
+        assert status("VmHWM") - before < allowed, (m, status("VmHWM") - before)
+        torch.ops.peftrt_cpu.nf4_lora_linear(x, None, *weight[:4], N, K, 64, A, B, 0.5, None, scale)
         assert status("VmHWM") - before < allowed + y.nbytes, (m, status("VmHWM") - before)
     dense, codes, absmax = torch.ones(N, K, dtype=torch.bfloat16), torch.empty_like(weight[0]), torch.ones(blocks)
     codes.zero_()

@@ -1,4 +1,4 @@
-"""Prints the instruction set, a digest of dequantised and requantised weights, and a few sums of linear and its dX."""
+"""Prints the instruction set, a digest of dequantised and requantised weights, and sums of what the others give."""
 
 from __future__ import annotations
 
@@ -36,5 +36,8 @@ if __name__ == "__main__":
             y, dx = torch.empty(m, n), torch.empty(m, k)
             torch.ops.peftrt_cpu.nf4_linear(x, *weight, None, y)
             torch.ops.peftrt_cpu.nf4_linear_dx(dy, *weight, dx)
-            sums += [y.abs().sum().item(), dx.abs().sum().item()]
+            dc = torch.ops.peftrt_cpu.row_scale_gradient(y, y, None, torch.full((n,), 0.5))
+            sums += [y.abs().sum().item(), dx.abs().sum().item(), dc.sum().item()]
+        adapter = torch.rand(5, k, generator=generator), torch.rand(n, 5, generator=generator), 0.5
+        sums.append(torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, block_size, *adapter).sum().item())
     print(_native.isa(), digest.hexdigest(), *sums)

@@ -32,8 +32,10 @@ if __name__ == "__main__":
             torch.ops.peftrt_cpu.nf4_linear_dx(torch.ones(m, n), *weight, torch.empty(m, k))
             lora_A, lora_B = torch.ones(8, k), torch.ones(n, 8)
             torch.ops.peftrt_cpu.nf4_lora_linear(
-                torch.ones(m, k), None, *weight[:4], n, k, 64, lora_A, lora_B, 1.0, None
+                torch.ones(m, k), None, *weight[:4], n, k, 64, lora_A, lora_B, 1.0, None, None
             )
+            torch.ops.peftrt_cpu.row_scale_gradient(torch.ones(m, n), torch.ones(m, n), None, torch.ones(n))
+            torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, 64, lora_A, lora_B, 1.0)
         dense = torch.empty(n, k)
         torch.ops.peftrt_cpu.nf4_dequantize(*weight, dense)
         torch.ops.peftrt_cpu.nf4_quantize(dense, 64, torch.empty_like(weight[0]), torch.empty_like(weight[1]))

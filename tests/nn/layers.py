@@ -52,6 +52,15 @@ def adapted(cls: type, linear: nn.Module | None = None, **options: object) -> Ad
     return layer
 
 
+def dora(cls: type, linear: nn.Module | None = None, **options: object) -> AdapterLinear:
+    """A layer with a DoRA adapter that changes the output, also by its magnitudes."""
+    layer = adapted(cls, linear, use_dora=True, **options)
+    assert layer.lora_magnitude is not None
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(randn(layer.out_features, seed=6).abs() + 0.5)
+    return layer
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "NF4Linear": lambda: NF4Linear.from_linear(dense()),
     "LoRALinear": lambda: adapted(LoRALinear),
@@ -60,8 +69,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "QLoRALinear, odd sizes": lambda: adapted(QLoRALinear, dense(33, 7), block_size=32),
     "QLoRALinear, Conv1D": lambda: adapted(QLoRALinear, conv1d()),
     "LoRALinear, Conv1D": lambda: adapted(LoRALinear, conv1d()),
+    "LoRALinear, DoRA": lambda: dora(LoRALinear),
+    "LoRALinear, Conv1D, DoRA": lambda: dora(LoRALinear, conv1d()),
+    "QLoRALinear, DoRA": lambda: dora(QLoRALinear),
 }
-ADAPTED = {name: make for name, make in LAYERS.items() if name != "NF4Linear"}
+DORA = {name: make for name, make in LAYERS.items() if "DoRA" in name}
+# those whose adapters can be summed
+ADAPTED = {name: make for name, make in LAYERS.items() if name not in ("NF4Linear", *DORA)}
 
 
 def input_of(layer: nn.Module, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -37,6 +37,8 @@ def truth(layer: Any, x: Tensor) -> Tensor:
     for name, share in getattr(layer, "active", {}).items():
         a = layer.adapter(name)
         W = W + share * a.scaling * (a.lora_B.double() @ a.lora_A.double())
+        if a.magnitude is not None:
+            W = W * (a.magnitude.double() / W.norm(dim=1)).unsqueeze(1)
     y = x.double() @ W.t()
     return y if layer.bias is None else y + layer.bias.double()
 
@@ -266,7 +268,8 @@ def test_moving_to_another_device_moves_everything(make: Make, device: torch.dev
 def test_checkpointing_gives_the_same_gradients(make: Make, use_reentrant: bool) -> None:
     layer = make()
     if hasattr(layer, "add_adapter"):
-        layer.add_adapter("dropped", r=3, lora_dropout=0.4, init=False)
+        dora = layer.adapter("default").magnitude is not None
+        layer.add_adapter("dropped", r=3, lora_dropout=0.4, init=False, use_dora=dora)
         layer.set_active("dropped")
     results = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
@@ -370,7 +373,11 @@ def test_repr_says_what_the_layer_is(cls: Any) -> None:
         ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be finite, got inf"),
         ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, ValueError, r"lora_dropout must be in \[0, 1\), got -0.1"),
-        ({"init": "orthogonal"}, ValueError, "init must be .* got 'orthogonal'"),
+        ({"init": "kaiming"}, ValueError, "init must be .*'pissa_niter_<n>'.* got 'kaiming'"),
+        ({"init": "olora"}, ValueError, "got 'olora' .*of peft is not supported"),
+        ({"init": "orthogonal", "r": 3}, ValueError, "'orthogonal' needs an even rank, got r = 3"),
+        ({"init": "pissa", "r": 49}, ValueError, r"a rank of at most 48 over a weight of \[48, 64\], got r = 49"),
+        ({"init": "pissa", "lora_alpha": 0}, ValueError, "'pissa' needs a scaling above 0, got 0"),
         ({"adapter_name": ""}, ValueError, "adapter name must be non-empty"),
         ({"adapter_name": "a.b"}, ValueError, "adapter name must be .* got 'a.b'"),
         ({"adapter_name": "a@b"}, ValueError, "adapter name must be .* got 'a@b'"),

@@ -26,7 +26,7 @@ def fresh(layer: Any) -> Any:
     if hasattr(layer, "block_size"):
         options |= {"block_size": layer.block_size, "double_quant": layer.double_quant}
     if hasattr(layer, "adapter_names"):
-        options |= {"r": 4, "lora_alpha": 6}
+        options |= {"r": 4, "lora_alpha": 6, "use_dora": layer.adapter("default").magnitude is not None}
     other = type(layer).from_linear(
         nn.Linear(layer.in_features, layer.out_features) if not layer._transposed else _conv(layer), **options
     )
@@ -61,7 +61,7 @@ def test_keys(make: Make) -> None:
         keys |= {"weight.nested_absmax", "weight.nested_offset"} if layer.double_quant else set()
         assert all(layer.state_dict()[key].dtype == torch.uint8 for key in keys - {"bias"})
     if hasattr(layer, "adapter_names"):
-        keys |= {"lora_A", "lora_B"}
+        keys |= {"lora_A", "lora_B"} | ({"lora_magnitude"} if layer.lora_magnitude is not None else set())
     assert set(layer.state_dict()) == keys
 
 

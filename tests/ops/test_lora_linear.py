@@ -14,69 +14,14 @@ from torch import Tensor
 
 import peftrt
 from peftrt import ops
-from peftrt.formats.nf4 import NF4Weight
 from peftrt.ops._weight import weight_args
 from peftrt.reference.dropout import keep_mask
 from tests.cases import BACKENDS, FLOATS, LAYOUTS, NATIVE, exact, laid_out, nf4, randn
+from tests.ops.lora_truth import SCALING, base, combinations, kept, largest, truth, truth_with_gradients
 from tests.tolerances import assert_close, assert_same_bits
-
-SCALING = 0.75
-
-
-def base(kind: str, n: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor | NF4Weight:
-    if kind == "dense":
-        return randn(n, k, seed=seed, dtype=dtype)
-    return nf4(n, k, seed=seed, dtype=dtype if dtype in FLOATS else torch.float32, nested=kind == "nested")
-
-
-def truth(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None = None,
-    keep: Tensor | float = 1.0,
-    scaling: float = SCALING,
-) -> Tensor:
-    """y of fp64 inputs; ``keep``: what the adapter's input is multiplied with."""
-    y = x @ weight.t() + scaling * ((x * keep) @ lora_A.t() @ lora_B.t())
-    return y if bias is None else y + bias
-
-
-def kept(seed: int, x: Tensor, p: float) -> Tensor:
-    rows, k = x.numel() // x.shape[-1], x.shape[-1]
-    return (keep_mask(torch.tensor([seed]), rows, k, p) / (1 - p)).view(x.shape).double() if p else torch.ones(())
-
-
-def truth_with_gradients(
-    values: list[Tensor | None], dy: Tensor, keep: Tensor, squared: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """y and the gradients of what is given, in fp64.
-
-    ``squared``: of the squares of all. The map is linear in each argument: this is the sum of the squares of the
-    terms that a result is summed from, and its root the magnitude of the sum if nothing cancels.
-    """
-    power = 2 if squared else 1
-    leaves = [None if v is None else v.detach().double().pow(power).requires_grad_() for v in values]
-    x, weight, lora_A, lora_B, bias = leaves
-    assert x is not None and weight is not None and lora_A is not None and lora_B is not None  # noqa: PT018
-    y = truth(x, weight, lora_A, lora_B, bias, keep**power, SCALING**power)
-    grads = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.double().pow(power))
-    return y.detach(), list(grads)
-
 
 sizes = st.one_of(st.integers(1, 50), st.sampled_from([64, 127, 130]))
 leads = st.one_of(st.tuples(), st.tuples(st.integers(0, 20)), st.tuples(st.integers(0, 3), st.integers(1, 5)))
-COMBINATIONS = [(kind, backend) for kind in ("dense", "plain", "nested") for backend in BACKENDS]
-
-
-def combinations() -> list[Any]:
-    """(base, backend) with the skip of a backend that is not built."""
-    marked = []
-    for kind, backend in COMBINATIONS:
-        values = backend.values[0] if hasattr(backend, "values") else backend
-        marked.append(pytest.param(kind, values, marks=getattr(backend, "marks", ())))
-    return marked
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -132,10 +77,6 @@ def test_forward_and_gradients_equal_fp64(
         assert_close(grad, grads[i], roundings=3 if i == 0 and added else 1, intermediate=largest(grad_squares[i]))
 
 
-def largest(squares: Tensor) -> float:
-    return squares.max().sqrt().item() if squares.numel() else 0.0
-
-
 ROWS = [0, *range(1, 10), 16, 17, 40, 513]
 
 
@@ -153,7 +94,7 @@ def test_every_path_of_the_kernel_equals_fp64(backend: str, m: int, dtype: torch
         seed = torch.tensor([case]) if p else None
         with peftrt.backend(backend):
             y, xa = torch.ops.peftrt.lora_linear(
-                x, *weight_args("lora_linear", weight), lora_A, lora_B, SCALING, bias, p, seed
+                x, *weight_args("lora_linear", weight), lora_A, lora_B, SCALING, bias, p, seed, None, []
             )
         assert_same_bits(y, ops.lora_linear(x, weight, lora_A, lora_B, SCALING, bias, dropout_p=p, seed=case))
         keep = kept(case, x, p)
@@ -220,7 +161,7 @@ def test_gradient_through_xa_equals_finite_differences() -> None:
     inputs = [randn(*s, seed=i, dtype=torch.float64).requires_grad_() for i, s in enumerate(((2, 33), (2, 33), (3, 2)))]
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        y, xa = torch.ops.peftrt.lora_linear(x, *args, A, B, SCALING, None, 0.25, torch.tensor([9]))
+        y, xa = torch.ops.peftrt.lora_linear(x, *args, A, B, SCALING, None, 0.25, torch.tensor([9]), None, [])
         return y, xa
 
     assert torch.autograd.gradcheck(function, inputs)
@@ -234,7 +175,9 @@ def test_opcheck(kind: str, backend: str, p: float) -> None:
     for m in (0, 3):
         x, A, B, b = (randn(*s).requires_grad_() for s in ((m, 64), (2, 64), (6, 2), (6,)))
         with peftrt.backend(backend):
-            torch.library.opcheck(torch.ops.peftrt.lora_linear.default, (x, *weight, A, B, SCALING, b, p, seed))
+            torch.library.opcheck(
+                torch.ops.peftrt.lora_linear.default, (x, *weight, A, B, SCALING, b, p, seed, None, [])
+            )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -282,7 +225,7 @@ def test_kept_between_passes_is_drop_x_a_in_fp32(backend: str, dtype: torch.dtyp
     weight, x, A, B = nf4(6, 64), randn(5, 64, dtype=dtype), randn(3, 64), randn(6, 3)
     with peftrt.backend(backend):
         xa = torch.ops.peftrt.lora_linear(
-            x, *weight_args("lora_linear", weight), A, B, SCALING, None, 0.3, torch.tensor([7])
+            x, *weight_args("lora_linear", weight), A, B, SCALING, None, 0.3, torch.tensor([7]), None, []
         )[1]
     assert xa.dtype == torch.float32
     dropped = x.double() * keep_mask(torch.tensor([7]), 5, 64, 0.3) / 0.7

@@ -23,10 +23,10 @@ from peftrt.reference import nf4 as reference
 from tests.cases import nf4, randn
 from tests.tolerances import assert_close, assert_same_bits
 
-HEADER = Path(__file__).parents[2] / "csrc" / "cuda" / "kernels.h"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 # tensors of a device that need not be there: shapes without memory
 FAKE = FakeTensorMode()
-KEYS = {(direction, itemsize) for direction in ("forward", "dx") for itemsize in (2, 4)}
+KEYS = {(direction, itemsize) for direction in ("forward", "dx", "lora", "lora_dense") for itemsize in (2, 4)}
 
 
 def on_cuda(m: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -49,6 +49,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Both backends can run, on a device of the class sm_90."""
     monkeypatch.setattr(_paths, "device_class", lambda device: "sm_90")
     monkeypatch.setattr(_native, "cuda_unsupported", lambda x, dtype: None)
+    monkeypatch.setattr(_native, "cuda_rows", lambda device: _paths.WIDE_ROWS)
     monkeypatch.setattr(_triton, "unsupported", lambda x, dtype: None)
     return monkeypatch
 
@@ -63,15 +64,18 @@ def test_every_class_has_every_pass_and_size() -> None:
     for name, rows in _paths.TABLE.items():
         assert set(rows) == KEYS, name
         for (direction, itemsize), limits in rows.items():
-            assert 0 <= limits.decode <= limits.tile
-            # the CUDA kernel has no more rows, no other dtypes and no input gradient
-            assert limits.decode <= (_paths.NATIVE_ROWS if (direction, itemsize) == ("forward", 2) else 0)
+            assert limits.tile >= 0
+            # the CUDA kernels have no more rows, no other dtypes and no input gradient
+            native = _paths.WIDE_ROWS if name == "sm_90" else _paths.NATIVE_ROWS
+            assert 0 <= limits.decode <= (native if (direction, itemsize) == ("forward", 2) else 0)
 
 
-@pytest.mark.skipif(not HEADER.is_file(), reason="this checkout has no CUDA kernels")
-def test_the_table_and_the_kernel_agree_on_its_rows() -> None:
-    found = re.findall(r"kMaxRows\s*=\s*(\d+)", HEADER.read_text())
-    assert found == [str(_paths.NATIVE_ROWS)]
+@pytest.mark.skipif(not SOURCES.is_dir(), reason="this checkout has no CUDA kernels")
+def test_the_table_and_the_kernels_agree_on_their_rows() -> None:
+    wide = re.findall(r"kWideRows\s*=\s*(\d+)", (SOURCES / "wide_layout.h").read_text())
+    assert wide == [str(_paths.WIDE_ROWS)]
+    eights = re.findall(r"kMaxTiles\s*=\s*(\d+)", (SOURCES / "linear_layout.h").read_text())
+    assert [8 * int(number) for number in eights] == [_paths.NATIVE_ROWS]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +99,20 @@ def test_a_device_takes_the_nearest_class(capability: tuple[int, int], name: str
     [
         ("forward", torch.bfloat16, 0, DECODE),
         ("forward", torch.bfloat16, 64, DECODE),
-        ("forward", torch.float16, 65, TILE),
-        ("forward", torch.bfloat16, 511, TILE),
-        ("forward", torch.bfloat16, 512, PANELS),
+        ("forward", torch.float16, 65, DECODE),
+        ("forward", torch.bfloat16, 512, DECODE),
+        ("forward", torch.bfloat16, 513, PANELS),
         ("dx", torch.bfloat16, 1, TILE),
         ("dx", torch.bfloat16, 512, PANELS),
         ("forward", torch.float32, 1, TILE),
         ("forward", torch.float32, 128, PANELS),
         ("forward", torch.float64, 8192, None),
+        ("lora", torch.bfloat16, 1, TILE),
+        ("lora", torch.bfloat16, 639, TILE),
+        ("lora", torch.bfloat16, 640, PANELS),
+        ("lora_dense", torch.float16, 255, TILE),
+        ("lora_dense", torch.float16, 256, PANELS),
+        ("lora_dense", torch.float32, 128, PANELS),
     ],
 )
 def test_paths_on_a_hopper(
@@ -112,20 +122,43 @@ def test_paths_on_a_hopper(
     assert _paths.path(direction, torch.empty(rows, 64, dtype=dtype)) is None
 
 
+@pytest.mark.parametrize(("rows", "path"), [(1, TILE), (511, TILE), (512, PANELS)])
+def test_paths_where_nothing_decodes(rows: int, path: str, hopper: pytest.MonkeyPatch) -> None:
+    assert _paths.path("forward", on_cuda(rows, 64), decodes=False) == path
+
+
 def test_leading_dimensions_are_rows() -> None:
     assert [_paths.rows_of(torch.empty(shape)) for shape in ((), (5,), (2, 3, 5), (0, 5))] == [1, 1, 6, 0]
+
+
+@pytest.mark.parametrize("m", [1, 64, 65, 512, 513])
+def test_native_is_first_where_it_has_warpgroups(m: int, hopper: pytest.MonkeyPatch) -> None:
+    assert chosen("nf4_linear", arguments(m)) == "native"
+
+
+@pytest.fixture
+def few_rows(hopper: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A library without the kernel for warpgroups: compiled for 9.0 and not for 9.0a."""
+    hopper.setattr(_native, "cuda_rows", lambda device: _paths.NATIVE_ROWS)
+    return hopper
 
 
 @pytest.mark.parametrize(
     ("m", "name"), [(1, "native"), (64, "native"), (65, "triton"), (511, "triton"), (512, "native")]
 )
-def test_native_leaves_to_triton_what_its_tiles_do_faster(m: int, name: str, hopper: pytest.MonkeyPatch) -> None:
+def test_native_leaves_to_triton_what_its_tiles_do_faster(m: int, name: str, few_rows: pytest.MonkeyPatch) -> None:
     assert chosen("nf4_linear", arguments(m)) == name
 
 
-def test_the_reason_is_told(hopper: pytest.MonkeyPatch) -> None:
+def test_the_reason_is_told(few_rows: pytest.MonkeyPatch) -> None:
     choice = choose("nf4_linear", OPS["nf4_linear"].backends, "cuda", arguments(65))
     assert "native: at M = 65 tiles by Triton are expected to be faster" in str(choice)
+
+
+@pytest.mark.parametrize(("m", "name"), [(64, "native"), (65, "triton"), (512, "native")])
+def test_rows_of_a_weight_that_no_piece_of_16_bytes_fits_are_few(m: int, name: str, hopper: pytest.MonkeyPatch) -> None:
+    x, *weight, n, k, block, bias = arguments(m)
+    assert chosen("nf4_linear", (x, *weight, n, k - 16, block, bias)) == name
 
 
 def test_what_is_forced_is_not_asked_whether_it_is_slower(hopper: pytest.MonkeyPatch) -> None:
@@ -144,9 +177,9 @@ def test_a_slower_backend_runs_where_no_other_can(hopper: pytest.MonkeyPatch) ->
 def test_a_weight_that_no_panel_fits_goes_by_tiles(hopper: pytest.MonkeyPatch) -> None:
     hopper.setattr(_panels, "rows_fit", lambda weight, itemsize: False)
     assert chosen("nf4_linear", arguments(4096)) == "triton"
-    assert chosen("nf4_linear", arguments(64)) == "native"
-    choice = choose("nf4_linear", OPS["nf4_linear"].backends, "cuda", arguments(65))
-    assert "native: takes 64 rows of bf16 or fp16, and more where panels" in str(choice)
+    assert chosen("nf4_linear", arguments(512)) == "native"
+    choice = choose("nf4_linear", OPS["nf4_linear"].backends, "cuda", arguments(513))
+    assert "native: takes 512 rows of bf16 or fp16, and more where panels" in str(choice)
 
 
 def test_fp32_goes_by_panels_or_tiles(hopper: pytest.MonkeyPatch) -> None:
@@ -158,6 +191,41 @@ def test_the_input_gradient_is_tritons(hopper: pytest.MonkeyPatch) -> None:
     weight = arguments(8)[1:-1]
     for m in (1, 4096):
         assert chosen("nf4_linear_dx", (on_cuda(m, 512), *weight)) == "triton"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+def test_lora_linear_is_tritons_and_torchs_where_there_is_none(kind: str, hopper: pytest.MonkeyPatch) -> None:
+    x, *weight, _ = arguments(8)
+    if kind == "dense":
+        weight[:4] = [on_cuda(WEIGHT.n, WEIGHT.k), None, None, None]
+    A, B, xa = on_cuda(4, WEIGHT.k, torch.float32), on_cuda(WEIGHT.n, 4, torch.float32), on_cuda(8, 4, torch.float32)
+    calls = {
+        "lora_linear": (x, *weight, A, B, 2.0, None, 0.0, None, None, []),
+        "lora_linear_backward": (
+            on_cuda(8, WEIGHT.n),
+            x,
+            xa,
+            *weight,
+            A,
+            B,
+            2.0,
+            0.0,
+            None,
+            None,
+            True,
+            True,
+            True,
+            [],
+        ),
+    }
+    for name, args in calls.items():
+        choice = choose(name, OPS[name].backends, "cuda", args)
+        assert choice.backend is not None
+        assert choice.backend.name == "triton"
+        assert "native: the base's product and torch's pass over y three times" in str(choice)
+    assert chosen("lora_weight_norm", (*weight, A, B, 2.0, [])) == "triton"
+    hopper.setattr(_triton, "unsupported", lambda x, dtype: "triton is not installed")
+    assert {chosen(name, args) for name, args in calls.items()} == {"native"}
 
 
 def test_decoding_and_quantising_are_native_first(hopper: pytest.MonkeyPatch) -> None:
@@ -236,7 +304,9 @@ def library(hopper: pytest.MonkeyPatch) -> Iterator[Library]:
     hopper.setattr(
         _paths,
         "path",
-        lambda direction, x: DECODE if x.shape[0] <= limits.decode else TILE if x.shape[0] <= limits.tile else PANELS,
+        lambda direction, x, decodes=False: (
+            DECODE if decodes and x.shape[0] <= limits.decode else TILE if x.shape[0] <= limits.tile else PANELS
+        ),
     )
     yield made
     op.__dict__.pop("strict", None)
@@ -255,9 +325,20 @@ def call(m: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> tupl
     return (randn(m, 128, seed=2, dtype=dtype), *weight_args("nf4_linear", weight), b)
 
 
-@pytest.mark.parametrize(("m", "kernel"), [(3, "nf4_linear"), (600, "nf4_dequantize"), (100, "nf4_dequantize")])
-def test_native_runs_its_kernel_or_panels(m: int, kernel: str, library: Library) -> None:
-    """(100 rows: where it is forced, or Triton is missing.)"""
+@pytest.mark.parametrize(
+    ("m", "most", "kernel"),
+    [
+        (3, 512, "nf4_linear"),
+        (100, 512, "nf4_linear"),
+        (600, 512, "nf4_dequantize"),
+        # where it is forced, or Triton is missing
+        (100, 64, "nf4_dequantize"),
+    ],
+)
+def test_native_runs_its_kernel_or_panels(
+    m: int, most: int, kernel: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "cuda_rows", lambda device: most)
     args = call(m)
     y = native(*args)
     assert set(library.calls) == {kernel}
@@ -275,6 +356,7 @@ def test_a_call_goes_straight_to_the_kernel(library: Library, monkeypatch: pytes
 
 def test_a_call_that_triton_does_faster_goes_round(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     went: list[str] = []
+    monkeypatch.setattr(_native, "cuda_rows", lambda device: _paths.NATIVE_ROWS)
     monkeypatch.setattr(_define.Op, "run", lambda op, device, *args: went.append(device))
     OPS["nf4_linear"](*call(100))
     assert went == ["cpu"]

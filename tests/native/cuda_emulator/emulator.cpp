@@ -1,7 +1,8 @@
 // Fibers for the threads of a block: see cuda/device.h beside this.
 //
-// A fiber gives way only where its thread may have to wait: at a barrier of its block, or of its warp. The next one is
-// drawn at random among those that can go on, by warps, since the lanes of a warp go together anyway.
+// A fiber gives way only where its thread may have to wait: at a barrier of its block, of its warp, or in shared
+// memory. The next one is drawn at random among those that can go on, by warps, since the lanes of a warp go together
+// anyway.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -34,6 +35,13 @@ struct Copy {
   void* to;
   const void* from;
   bool there;
+  bool at_once;
+};
+
+// A product that is not done; what its sums were, where it adds to them and no other product does before it.
+struct Pending {
+  Product product;
+  std::vector<float> start;
 };
 
 }  // namespace
@@ -47,6 +55,12 @@ struct Fiber {
   bool waits_for_block = false, waits_for_warp = false;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;
+  const uint64_t* barrier = nullptr;  // whose phase of this parity it waits for
+  uint32_t parity = 0;
+  std::vector<uint8_t*> unshown;  // 16 bytes each, copied since products were last shown any
+  std::vector<std::vector<Pending>> products;
+  std::vector<Pending> open_products;
+  bool started = false;  // products since the last commit
 };
 
 namespace {
@@ -61,6 +75,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   std::unique_ptr<uint8_t, decltype(&std::free)> shared = {nullptr, &std::free};
+  std::vector<uint8_t> shown;  // of shared memory, to products
   Fiber* current = nullptr;
   int live = 0, at_barrier = 0;
   ucontext_t scheduler;
@@ -86,6 +101,8 @@ void give_way() {
 void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
   (*machine.kernel)();
+  const Fiber& fiber = *machine.current;
+  if (!fiber.products.empty() || !fiber.open_products.empty()) fail("a product that nobody waited for");
   machine.current->done = true;
   --machine.live;
   give_way();
@@ -99,13 +116,27 @@ void resume(Fiber& fiber) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-bool can_go_on(const Fiber& fiber) { return !fiber.done && !fiber.waits_for_block && !fiber.waits_for_warp; }
+BarrierState state_of(const uint64_t* barrier) {
+  BarrierState state;
+  std::memcpy(&state, barrier, sizeof state);
+  if (state.count == 0xffff) fail("a barrier that nobody has started");
+  return state;
+}
+
+bool over(const uint64_t* barrier, uint32_t parity) { return (state_of(barrier).phase & 1) != parity; }
+
+bool can_go_on(const Fiber& fiber) {
+  if (fiber.done || fiber.waits_for_block || fiber.waits_for_warp) return false;
+  return fiber.barrier == nullptr || over(fiber.barrier, fiber.parity);
+}
 
 void start_fiber(Fiber& fiber, const Place& place) {
   fiber.place = place;
   fiber.done = fiber.waits_for_block = fiber.waits_for_warp = false;
   fiber.groups.clear();
   fiber.open.clear();
+  fiber.barrier = nullptr;
+  fiber.unshown.clear();
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
@@ -114,11 +145,14 @@ void start_fiber(Fiber& fiber, const Place& place) {
 }
 
 void run_block(int64_t block, int64_t blocks, int threads, int shared) {
-  // Exactly of its size, so that the sanitizer sees what lies outside.
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 1024, size_t(shared)) != 0) fail("no memory");
-  machine.shared.reset(static_cast<uint8_t*>(memory));
+  if (shared != int(machine.shown.size()) || machine.shared == nullptr) {
+    // Exactly of its size, so that the sanitizer sees what lies outside.
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 1024, size_t(shared)) != 0) fail("no memory");
+    machine.shared.reset(static_cast<uint8_t*>(memory));
+  }
   std::memset(machine.shared.get(), 0xff, size_t(shared));
+  machine.shown.assign(size_t(shared), 0xff);
   while (int(machine.fibers.size()) < threads) machine.fibers.push_back(std::make_unique<Fiber>());
   machine.warps.assign(size_t(threads / 32), Warp());
   for (int i = 0; i < threads; ++i) start_fiber(*machine.fibers[size_t(i)], {i, block, blocks});
@@ -126,16 +160,23 @@ void run_block(int64_t block, int64_t blocks, int threads, int shared) {
   machine.at_barrier = 0;
   std::vector<int> order(size_t(threads / 32));
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+  // Some warps are slow: most of their turns pass, so that others come to what they are to wait for long before.
+  std::vector<uint64_t> turns_passed(order.size());
+  for (uint64_t& passed : turns_passed) passed = random_order() % 4 == 0 ? 15 : random_order() % 8;
   while (machine.live > 0) {
-    bool moved = false;
+    bool moved = false, passed = false;
     std::shuffle(order.begin(), order.end(), random_order);
     for (const int warp : order) {
+      if (random_order() % 16 < turns_passed[size_t(warp)]) {
+        passed = true;
+        continue;
+      }
       for (int lane = 0; lane < 32; ++lane) {
         Fiber& fiber = *machine.fibers[size_t(32 * warp + lane)];
         if (can_go_on(fiber)) resume(fiber), moved = true;
       }
     }
-    if (!moved) fail("every thread waits: a barrier that not all of them reach");
+    if (!moved && !passed) fail("every thread waits: a barrier that not all of them reach");
   }
 }
 
@@ -169,10 +210,24 @@ const Words* exchange(const Words& mine) {
   return all;
 }
 
+namespace {
+
+// Until the thread that has copied shows it, products may see it or not.
+void perform(const Copy& copy) {
+  if (copy.there) std::memcpy(copy.to, copy.from, 16);
+  if (!copy.there) std::memset(copy.to, 0, 16);
+  uint8_t* to = static_cast<uint8_t*>(copy.to);
+  std::memset(&machine.shown[size_t(to - machine.shared.get())], 0xff, 16);
+}
+
+}  // namespace
+
 void copy_async(void* to, const void* from, bool there) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
     fail("a copy that is not aligned");
-  machine.current->open.push_back({to, from, there});
+  const Copy copy = {to, from, there, random_order() % 2 == 0};
+  if (copy.at_once) perform(copy);
+  machine.current->open.push_back(copy);
 }
 
 void commit_copies() {
@@ -184,9 +239,109 @@ void wait_copies(int left) {
   auto& groups = machine.current->groups;
   while (int(groups.size()) > left) {
     for (const Copy& copy : groups.front()) {
-      if (copy.there) std::memcpy(copy.to, copy.from, 16);
-      if (!copy.there) std::memset(copy.to, 0, 16);
+      if (!copy.at_once) perform(copy);
+      machine.current->unshown.push_back(static_cast<uint8_t*>(copy.to));
     }
+    groups.erase(groups.begin());
+  }
+}
+
+void start_barrier(uint64_t* barrier, int count) {
+  const BarrierState state = {uint16_t(count), uint16_t(count), 0};
+  std::memcpy(barrier, &state, sizeof state);
+}
+
+void arrive(uint64_t* barrier) {
+  BarrierState state = state_of(barrier);
+  if (--state.pending == 0) state.pending = state.count, ++state.phase;
+  std::memcpy(barrier, &state, sizeof state);
+}
+
+void wait(uint64_t* barrier, uint32_t parity) {
+  Fiber* fiber = machine.current;
+  fiber->barrier = barrier;
+  fiber->parity = parity;
+  if (!over(barrier, parity)) give_way();
+  fiber->barrier = nullptr;
+}
+
+void show_products() {
+  for (const uint8_t* bytes : machine.current->unshown)
+    std::memcpy(&machine.shown[size_t(bytes - machine.shared.get())], bytes, 16);
+  machine.current->unshown.clear();
+}
+
+void start_products() { machine.current->started = true; }
+
+void multiply_rows(const Product& product) {
+  Fiber& fiber = *machine.current;
+  if (!fiber.started) fail("a product that is not fenced from the registers it reads");
+  bool chained = false;
+  for (const Pending& other : fiber.open_products) chained |= other.product.sum == product.sum;
+  for (const auto& group : fiber.products) {
+    for (const Pending& other : group) {
+      if (other.product.sum == product.sum) fail("two groups of products in flight for the same sums");
+    }
+  }
+  Pending pending = {product, {}};
+  if (product.add && !chained) pending.start.assign(product.sum, product.sum + product.sums);
+  std::fill(product.sum, product.sum + product.sums, NAN);
+  fiber.open_products.push_back(std::move(pending));
+}
+
+void commit_products() {
+  machine.current->products.push_back(std::move(machine.current->open_products));
+  machine.current->open_products.clear();
+  machine.current->started = false;
+}
+
+namespace {
+
+// Element k of row r of the rows that a descriptor names, by the fields of it.
+uint16_t shown_element(uint64_t rows, int r, int k) {
+  if (rows >> 62 != 1) fail("rows that are not swizzled by 128 bytes");
+  const uint64_t start = (rows & 0x3fff) * 16, eight_rows = (rows >> 32 & 0x3fff) * 16;
+  const uint64_t plain = start + uint64_t(r / 8) * eight_rows + uint64_t(r % 8 * 128 + 2 * k);
+  const uint64_t address = plain ^ (plain >> 7 & 7) << 4;
+  if (address + 2 > machine.shown.size()) fail("a product of what is outside of shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, &machine.shown[address], 2);
+  return bits;
+}
+
+// The sum of exact products in double, rounded once: within what the hardware's order and truncation may differ by.
+void perform(const Pending& pending) {
+  const Product& product = pending.product;
+  Words mine = {};
+  for (int i = 0; i < 4; ++i) mine.word[i] = product.a[i];
+  const Words* all = exchange(mine);
+  const int lane = machine.current->place.thread % 32;
+  double a[2][16];
+  for (int below = 0; below < 2; ++below) {
+    for (int k = 0; k < 16; ++k) {
+      const uint64_t pair = all[lane / 4 * 4 + k % 8 / 2].word[k / 8 * 2 + below];
+      a[below][k] = double(product.value(uint16_t(pair >> 16 * (k % 2))));
+    }
+  }
+  for (int pair = 0; pair < product.sums / 2; ++pair) {
+    const int column = pair / 2 * 8 + lane % 4 * 2 + pair % 2, first = pair / 2 * 4 + pair % 2;
+    double b[16];
+    for (int k = 0; k < 16; ++k) b[k] = double(product.value(shown_element(product.rows, column, k)));
+    for (int below = 0; below < 2; ++below) {
+      float& sum = product.sum[first + 2 * below];
+      double value = !product.add ? 0 : double(pending.start.empty() ? sum : pending.start[size_t(first + 2 * below)]);
+      for (int k = 0; k < 16; ++k) value += a[below][k] * b[k];
+      sum = float(value);
+    }
+  }
+}
+
+}  // namespace
+
+void wait_products(int left) {
+  auto& groups = machine.current->products;
+  while (int(groups.size()) > left) {
+    for (const Pending& pending : groups.front()) perform(pending);
     groups.erase(groups.begin());
   }
 }
@@ -201,39 +356,6 @@ const char* launch(int64_t blocks, int threads, int shared, const std::function<
   std::shuffle(order.begin(), order.end(), random_order);
   for (const int64_t block : order) run_block(block, blocks, threads, shared);
   return nullptr;
-}
-
-float bf16_to_float(uint16_t bits) {
-  const uint32_t word = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-float fp16_to_float(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 0    ? std::ldexp(float(fraction), -24)
-                          : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                           : std::ldexp(float(fraction + 1024), exponent - 25);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-uint16_t float_to_bf16(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  if (std::isnan(value)) return 0x7fff;
-  return uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
-}
-
-// To the nearest multiple of its last place, ties to even, by way of doubles.
-uint16_t float_to_fp16(float value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  if (std::isnan(value)) return 0x7fff;
-  const double magnitude = std::fabs(double(value));
-  if (magnitude >= 65520) return uint16_t(sign | 0x7c00);
-  const int exponent = magnitude < 0x1p-14 ? -14 : std::ilogb(magnitude);
-  const int places = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 1024 to 2048, less if subnormal
-  return uint16_t(sign | ((exponent + 14) * 1024 + places));
 }
 
 }  // namespace emulator

@@ -2,9 +2,11 @@
 // where no GPU is.
 //
 // A thread of a block is a fiber, and blocks run one after the other. What the hardware leaves open is drawn at random:
-// the order of blocks, and which fiber goes on after a barrier. What it does late is done as late as it may be: an
-// asynchronous copy arrives when it is waited for, not before. Shared memory starts as NaN. So a barrier or a wait that
-// is missing shows as a wrong value; an address outside of a buffer shows under AddressSanitizer.
+// the order of blocks, which fiber goes on after a barrier, and whether an asynchronous copy arrives at once or when it
+// is waited for. A product of a warpgroup is done when it is waited for: until then it has read neither the registers
+// nor the shared memory that it multiplies, and its sums are NaN. It sees of shared memory what a thread has copied and
+// then shown it, NaN where something has been copied since. Shared memory starts as NaN. So a barrier or a wait that is
+// missing shows as a wrong value; an address outside of a buffer shows under AddressSanitizer.
 #pragma once
 
 #include <cmath>
@@ -40,6 +42,27 @@ struct Words {
   uint64_t word[16];
 };
 const Words* exchange(const Words& mine);
+struct BarrierState {
+  uint16_t count, pending;
+  uint32_t phase;
+};
+void start_barrier(uint64_t* barrier, int count);
+void arrive(uint64_t* barrier);
+void wait(uint64_t* barrier, uint32_t parity);
+void show_products();
+void start_products();
+// Of a thread of a warpgroup: `sums` results, for rows of 16-bit elements that `value` reads.
+struct Product {
+  float* sum;
+  int sums;
+  const uint32_t* a;
+  uint64_t rows;
+  bool add;
+  float (*value)(uint16_t);
+};
+void multiply_rows(const Product& product);
+void commit_products();
+void wait_products(int left);
 void copy_async(void* to, const void* from, bool there);
 void commit_copies();
 void wait_copies(int left);
@@ -60,6 +83,7 @@ inline int thread_index() { return emulator::place().thread; }
 inline int64_t block_index() { return emulator::place().block; }
 inline int64_t block_count() { return emulator::place().blocks; }
 constexpr int kArchitecture = PEFTRT_EMULATED_ARCHITECTURE;
+constexpr bool kHasWarpgroups = kArchitecture == 90;
 inline uint8_t* shared_memory() { return emulator::shared_memory(); }
 
 // As before sm_90, so that what lies behind it is moved.
@@ -72,6 +96,19 @@ inline uint32_t load_fixed(uint32_t offset) {
 }
 
 inline void sync_block() { emulator::sync_block(); }
+inline void sync_warp() { emulator::exchange({}); }
+inline bool any_lane(bool value) {
+  emulator::Words mine = {};
+  mine.word[0] = value;
+  const emulator::Words* all = emulator::exchange(mine);
+  bool any = false;
+  for (int lane = 0; lane < 32; ++lane) any |= all[lane].word[0] != 0;
+  return any;
+}
+using Barrier = uint64_t;
+inline void start_barrier(Barrier* barrier, int count) { emulator::start_barrier(barrier, count); }
+inline void arrive(Barrier* barrier) { emulator::arrive(barrier); }
+inline void wait(Barrier* barrier, uint32_t parity) { emulator::wait(barrier, parity); }
 inline void fence_device() {}
 inline uint64_t compare_and_swap(uint64_t* word, uint64_t expected, uint64_t desired) {
   const uint64_t before = *word;
@@ -96,9 +133,11 @@ struct alignas(16) Vector {
 
 using Policy = uint64_t;
 inline Policy read_once() { return 0; }
+inline Policy read_again() { return 0; }
 inline uint32_t load_word(const void* from, Policy) { return *static_cast<const uint32_t*>(from); }
 inline uint32_t load_half_word(const void* from, Policy) { return *static_cast<const uint16_t*>(from); }
 inline float load_of_blocks(const float* from) { return *from; }
+inline Vector load_of_blocks(const Vector* from) { return *from; }
 inline uint64_t load_of_blocks(const uint64_t* from) { return *from; }
 inline void store_streaming(Vector* to, Vector value) { *to = value; }
 
@@ -184,6 +223,28 @@ void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
   }
 }
 
+template <int kCount>
+void give_registers() {}
+template <int kCount>
+void take_registers() {}
+inline void show_products() { emulator::show_products(); }
+using Rows = uint64_t;
+inline Rows rows_at(const void* first) {
+  const uint64_t offset = uint64_t(static_cast<const uint8_t*>(first) - shared_memory());
+  return offset / 16 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 62;
+}
+inline Rows rows_after(Rows rows, int bytes) { return rows + uint64_t(bytes / 16); }
+inline void start_products() { emulator::start_products(); }
+template <class T, int kSums>
+void multiply_rows(float (&sum)[kSums], const uint32_t (&a)[4], Rows b, bool add) {
+  emulator::multiply_rows({sum, kSums, a, b, add, [](uint16_t bits) { return to_float(T{bits}); }});
+}
+inline void commit_products() { emulator::commit_products(); }
+template <int kLeft, int kSums>
+void wait_products(float (&)[kSums]) {
+  emulator::wait_products(kLeft);
+}
+
 inline const char* multiprocessors(int* count) {
   *count = emulator::multiprocessors;
   return nullptr;
@@ -191,6 +252,12 @@ inline const char* multiprocessors(int* count) {
 template <class... Parameters>
 const char* architecture(void (*)(Parameters...), int* found) {
   *found = kArchitecture;
+  return nullptr;
+}
+// (What asks is only ever a kernel for warpgroups.)
+template <class... Parameters>
+const char* takes_threads(void (*)(Parameters...), int, bool* found) {
+  *found = kHasWarpgroups;
   return nullptr;
 }
 template <class... Parameters>
