@@ -145,7 +145,8 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     one = torch.ones(1, dtype=torch.int32, device=device)
     values: dict[str, Any] = {
         **nf4._asdict(),
-        **dict.fromkeys(("x", "dy", "out"), x),
+        **dict.fromkeys(("x", "y", "dy", "out"), x),
+        "row_scale": torch.ones(_SIZE, device=device),
         **dict.fromkeys(("A", "B", "lora_A"), x[:_RANK]),
         "lora_B": x[:, :_RANK].contiguous(),
         "xa": torch.zeros(_SIZE, _RANK, device=device),

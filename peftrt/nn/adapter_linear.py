@@ -288,17 +288,17 @@ class AdapterLinear(PrincipalParts):
 
     def _row_scale(self, terms: list[Term]) -> Tensor | None:
         """c where a DoRA adapter is active, remembered in ``eval()`` without gradients; None where none is."""
-        # the first name is all that there can be of DoRA's
+        # where one of DoRA's is active it is alone, and others need not pay for more than this look
         name = next(iter(self._active), None)
-        magnitude = None if name is None else self.adapter(name).magnitude
-        if name is None or magnitude is None:
+        if name is None or parameter_name("lora_magnitude", name) not in self._parameters:
             return None
-        scale = magnitude
+        adapter = self.adapter(name)
+        magnitude = adapter.magnitude
+        assert magnitude is not None
 
         def compute() -> Tensor:
-            return ops.dora_scale(self.base_weight(), *in_one(terms), scale)
+            return ops.dora_scale(self.base_weight(), *in_one(terms), magnitude)
 
-        adapter = self.adapter(name)
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in adapter.parameters)):
             return compute()
         base = [p for key, p in self._parameters.items() if p is not None and key.startswith("weight")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +25,11 @@ class Term(NamedTuple):
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
 
-def in_one(terms: Iterable[Term]) -> tuple[Tensor, Tensor, float]:
+def in_one(terms: Sequence[Term]) -> tuple[Tensor, Tensor, float]:
     """Terms in sum are one of the summed rank: its A, B and scaling."""
-    parts = list(terms)
-    if len(parts) == 1:
-        return parts[0].lora_A, parts[0].lora_B, parts[0].scaling
-    return torch.cat([part.lora_A for part in parts]), torch.cat([p.lora_B * p.scaling for p in parts], dim=1), 1.0
+    if len(terms) == 1:
+        return terms[0].lora_A, terms[0].lora_B, terms[0].scaling
+    return torch.cat([term.lora_A for term in terms]), torch.cat([t.lora_B * t.scaling for t in terms], dim=1), 1.0
 
 
 class PrincipalParts(nn.Module):
