@@ -99,7 +99,7 @@ def test_lora_linear_and_multi_lora_linear_element_by_element() -> None:
     low = [[sum(X[i][c] * a[j][c] for c in range(k)) for j in range(r)] for i in range(m)]
     full = [[plain[i][o] + s * sum(low[i][j] * b[o][j] for j in range(r)) for o in range(n)] for i in range(m)]
     args = weight_args("test", weight)
-    y, xa = lora_linear.forward(x, *args, A, B, s, None, 0.0, None)
+    y, xa = lora_linear.forward(x, *args, A, B, s, None, 0.0, None, None)
     assert_close(y, torch.tensor(full, dtype=torch.float64))
     assert_close(xa, torch.tensor(low, dtype=torch.float64))
 
