@@ -2,8 +2,8 @@
 
 Adapters are fp32 over a bf16 or fp16 base, and their products keep that: one product of TF32 would round x A^T to 11
 bits. Three do not (``PRECISION``), and two where x is bf16 or fp16, which TF32 holds exactly: then the other factor
-alone has a part below its first 11 bits, and what the second product drops of that is 2^-22 of the value. Parts in x's
-own dtype would be cheaper still, but fp16 has no exponents for the lower part of a small A.
+alone has a part below its first 11 bits, of which the second product drops at most the last two of the value's 24.
+Parts in x's own dtype would be cheaper still, but fp16 has no exponents for the lower part of a small A.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from peftrt.kernels.lora_linear_dense import lora_linear_dense
 from peftrt.kernels.nf4_linear import configs
 
 # The tiles are nf4_linear's. What the adapter adds to one, compiled for sm_90 (Triton 3.7.1, bf16, R = 16, nested
-# scales, November 2026; not measured on a device): of 128 x 128 x 64, y 280 instructions a thread to 1608, dX 368 to
-# 1384 (3176 with dropout), and 12 wgmma of TF32. A step of the loop has 470 and 487, as without an adapter, and 8
-# wgmma: at K = 4096 that is 0.9 % of the instructions issued and 2.3 % of the tensor cores' time.
+# scales; November 2026, not measured on a device): at 128 x 128 x 64 y has 280 instructions more than 1608, dX 368 more
+# than 1384 (3176 with dropout), and each 12 wgmma of TF32. A step of the loop has 470 and 487, as without an adapter,
+# and 8 wgmma: at K = 4096 that is 0.9 % more instructions and 2.3 % more of the tensor cores' time.
 
 # codes, absmax, nested_absmax, nested_offset, tables, block_size, as of ``nf4_linear``; or dense [N, K], any strides
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int] | Tensor

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +17,7 @@ import peftrt
 from peftrt import NF4Weight
 from peftrt.kernels import _schedule, lora_linear_dense, lora_weight_norm, low_rank
 from peftrt.kernels import lora_linear as linear_module
+from peftrt.kernels._adapter import exact_dot
 from peftrt.ops import _panels, _paths
 from peftrt.ops._weight import weight_args
 from peftrt.reference.dropout import keep_mask
@@ -183,6 +186,36 @@ def _keep_at(seed: Tensor, index: Tensor, p: float) -> Tensor:
     low, high = seed & _LOW, (seed >> 32) & _LOW
     word = _mix((index & _LOW) ^ low) ^ _mix(index >> 32) ^ _mix(_mix(low ^ 0x9E3779B9) ^ high)
     return _mix(word) >= round(p * 2**32)
+
+
+@triton.jit
+def products_kernel(p_left, p_right, p_out, SIDE: tl.constexpr, PRECISION: tl.constexpr):
+    o = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    b_sum = tl.zeros((SIDE, SIDE), tl.float32)
+    tl.store(p_out + o, exact_dot(tl.load(p_left + o), tl.load(p_right + o), b_sum, PRECISION))
+
+
+@pytest.mark.parametrize("right", DTYPES, ids=str)
+@pytest.mark.parametrize("left", DTYPES, ids=str)
+def test_the_parts_of_a_product_are_all_of_it(left: torch.dtype, right: torch.dtype) -> None:
+    """As on a tensor core, but for its rounding: the interpreter multiplies TF32 in fp32."""
+    a, b, out = randn(16, 16, seed=1, dtype=left), randn(16, 16, seed=2, dtype=right), torch.empty(16, 16)
+    products_kernel[(1,)](a, b, out, SIDE=16, PRECISION="tf32x3")
+    assert_close(out, a.double() @ b.double())
+
+
+def test_a_value_is_the_two_parts_that_tf32_holds_but_for_two_bits() -> None:
+    """What ``exact_dot`` relies on, as integers: a tensor core ignores the last 13 bits of a factor."""
+    values = randn(1 << 14, seed=3)
+
+    def held(value: Tensor) -> Tensor:
+        return (value.view(torch.int32) & -8192).view(torch.float32)
+
+    high = held(values)
+    lost = (values.double() - high.double() - held(values - high).double()).abs()
+    last_place = 2.0 ** (values.double().abs().log2().floor() - 23)
+    assert (lost <= 3 * last_place).all()
+    assert (lost > 0).any()
 
 
 @pytest.mark.parametrize(("kind", "side"), [("nf4", 520), ("dense", 1030)])
