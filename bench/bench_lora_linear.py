@@ -36,14 +36,13 @@ DORA = ("3*({base}) + 2*s*M*(N + K) + 2*s*M*N + 12*R*(N + K)", "4*M*N*K + 6*M*R*
 
 def cells(device: str, quick: bool) -> list[Cell]:
     """``part`` is the base and what is run: forward alone, with the gradients of x, A and B, or DoRA with them and that
-    of the magnitudes, whose norms have no kernel on a GPU yet.
+    of the magnitudes.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     made = []
     for site in shapes.sites(device, quick):
         for base, traffic in (("nf4", NF4_BYTES), ("dense", DENSE_BYTES)):
-            parts = {"forward": FORWARD, "train": TRAIN} | ({"dora": DORA} if device == "cpu" else {})
-            for part, (nbytes, flops) in parts.items():
+            for part, (nbytes, flops) in (("forward", FORWARD), ("train", TRAIN), ("dora", DORA)):
                 for M in shapes.rows(device, quick, lora=True):
                     nbytes_here = nbytes.format(base=traffic)
                     made.append(Cell("lora_linear", f"{base}-{part}", site, M, dtype, nbytes_here, flops))

@@ -75,6 +75,7 @@ def _lora_overhead(dtype: str) -> Iterable[Mark]:
     for base in ("nf4", "dense"):
         yield Mark("lora_linear", f"{base}-forward", dtype, (512,), "base", at_most=1.05, plus_us=5, and_up=True)
         yield Mark("lora_linear", f"{base}-train", dtype, (), "base", at_most=1.1)
+        yield Mark("lora_linear", f"{base}-dora", dtype, (), "lora", at_most=1.15)
 
 
 CPU = (
@@ -92,8 +93,6 @@ CPU = (
     *_lora_overhead("fp32"),
     Mark("lora_linear", "nf4-train", "fp32", (16,), "peft+bitsandbytes", at_least=3),
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
-    Mark("lora_linear", "nf4-dora", "fp32", (), "lora", at_most=1.15),
-    Mark("lora_linear", "dense-dora", "fp32", (), "lora", at_most=1.15),
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
 )

@@ -211,7 +211,8 @@ def test_a_peak_on_a_cpu_is_what_a_call_takes_and_gives_back() -> None:
             memory[::4096] = b"x" * (size // 4096)
             del memory
 
-    assert size <= timer.peak(call) < 1.5 * size
+    # the kernel counts a process's pages in batches, a few of them late
+    assert 0.98 * size <= timer.peak(call) < 1.5 * size
     assert timer.peak(lambda: None) < size / 8
     assert len(kept) == size
 

@@ -58,7 +58,7 @@ def test_a_recorded_call_passes_the_dispatcher_by_and_has_the_same_gradients(op:
     inputs = [torch.randn(2, 64, requires_grad=True), torch.randn(3, 64), torch.randn(6, 3)]
     calls = {
         "nf4_linear": (inputs[0], *ARGS),
-        "lora_linear": (inputs[0], *ARGS[:-1], *inputs[1:], 0.5, None, 0.25, torch.tensor([3]), None),
+        "lora_linear": (inputs[0], *ARGS[:-1], *inputs[1:], 0.5, None, 0.25, torch.tensor([3]), None, []),
         "dropout": (inputs[0], torch.tensor([3]), 0.25),
     }
     results = []

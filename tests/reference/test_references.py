@@ -99,15 +99,15 @@ def test_lora_linear_and_multi_lora_linear_element_by_element() -> None:
     low = [[sum(X[i][c] * a[j][c] for c in range(k)) for j in range(r)] for i in range(m)]
     full = [[plain[i][o] + s * sum(low[i][j] * b[o][j] for j in range(r)) for o in range(n)] for i in range(m)]
     args = weight_args("test", weight)
-    y, xa = lora_linear.forward(x, *args, A, B, s, None, 0.0, None, None)
+    y, xa = lora_linear.forward(x, *args, A, B, s, None, 0.0, None, None, [])
     assert_close(y, torch.tensor(full, dtype=torch.float64))
     assert_close(xa, torch.tensor(low, dtype=torch.float64))
     c, bias = torch.tensor([0.5, 2.0, -1.0]), randn(n, seed=8)
-    scaled, _ = lora_linear.forward(x, *args, A, B, s, bias, 0.0, None, c)
+    scaled, _ = lora_linear.forward(x, *args, A, B, s, bias, 0.0, None, c, [])
     want = [[c[o].item() * full[i][o] + bias[o].item() for o in range(n)] for i in range(m)]
     assert_close(scaled, torch.tensor(want, dtype=torch.float64))
     squares = [sum((W[o][i] + s * sum(b[o][j] * a[j][i] for j in range(r))) ** 2 for i in range(k)) for o in range(n)]
-    assert_close(lora_weight_norm.forward(*args, A, B, s), torch.tensor(squares, dtype=torch.float64).sqrt())
+    assert_close(lora_weight_norm.forward(*args, A, B, s, []), torch.tensor(squares, dtype=torch.float64).sqrt())
     dc = [sum(X[i][o] * full[i][o] for i in range(m)) for o in range(n)]
     gradient = row_scale_gradient.forward(x[:, :n], scaled, bias, c)
     assert_close(gradient, torch.tensor(dc, dtype=torch.float64), roundings=4)
