@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,16 @@ def cuda_unsupported(x: Tensor, dtype: torch.dtype) -> str | None:
     if dtype not in FLOAT_DTYPES:
         return f"has kernels for fp32, bf16 and fp16, not for {dtype}"
     return load_cuda() or _not_compiled_for(x.device)
+
+
+def unsupported_anywhere(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels for x's device cannot take such a call, where an operation has them for both."""
+    return unsupported(x, dtype) if x.is_cpu else cuda_unsupported(x, dtype)
+
+
+def library(x: Tensor) -> Any:
+    """The functions for x's device."""
+    return torch.ops.peftrt_cpu if x.is_cpu else torch.ops.peftrt_cuda
 
 
 @functools.cache

@@ -79,8 +79,9 @@ def _fake(weight: Tensor, *rest: Any) -> Tensor:
 
 def _native_out(weight: Tensor, *rest: Any) -> None:
     absmax, nested_absmax, nested_offset, _, block_size, out = rest
-    library = torch.ops.peftrt_cpu if weight.is_cpu else torch.ops.peftrt_cuda
-    library.nf4_dequantize(*_native.contiguous(weight, absmax, nested_absmax, nested_offset), block_size, out)
+    _native.library(weight).nf4_dequantize(
+        *_native.contiguous(weight, absmax, nested_absmax, nested_offset), block_size, out
+    )
 
 
 def _native_new(*args: Any) -> Tensor:
@@ -108,8 +109,7 @@ def _reference_out(*args: Any) -> None:
 
 
 def _native_unsupported(*args: Any) -> str | None:
-    unsupported = _native.unsupported if args[0].is_cpu else _native.cuda_unsupported
-    return unsupported(args[0], _result_dtype(args))
+    return _native.unsupported_anywhere(args[0], _result_dtype(args))
 
 
 def _triton_unsupported(*args: Any) -> str | None:

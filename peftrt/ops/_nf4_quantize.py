@@ -64,7 +64,7 @@ def _fake(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, 
 
 def _native_run(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, absmax, *nothing = _fake(weight, block_size, double_quant=False)
-    library = torch.ops.peftrt_cpu if weight.is_cpu else torch.ops.peftrt_cuda
+    library = _native.library(weight)
     library.nf4_quantize(weight.contiguous(), block_size, codes, absmax)
     if not double_quant:
         return codes, absmax, nothing[0], nothing[1]
@@ -76,8 +76,7 @@ def _native_run(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Te
 
 
 def _native_unsupported(weight: Tensor, *_: Any) -> str | None:
-    unsupported = _native.unsupported if weight.is_cpu else _native.cuda_unsupported
-    return unsupported(weight, weight.dtype)
+    return _native.unsupported_anywhere(weight, weight.dtype)
 
 
 define(

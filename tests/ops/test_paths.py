@@ -199,24 +199,10 @@ def test_lora_linear_is_tritons_and_torchs_where_there_is_none(kind: str, hopper
     if kind == "dense":
         weight[:4] = [on_cuda(WEIGHT.n, WEIGHT.k), None, None, None]
     A, B, xa = on_cuda(4, WEIGHT.k, torch.float32), on_cuda(WEIGHT.n, 4, torch.float32), on_cuda(8, 4, torch.float32)
+    adapter, options = (A, B, 2.0), (None, None)
     calls = {
-        "lora_linear": (x, *weight, A, B, 2.0, None, 0.0, None, None, []),
-        "lora_linear_backward": (
-            on_cuda(8, WEIGHT.n),
-            x,
-            xa,
-            *weight,
-            A,
-            B,
-            2.0,
-            0.0,
-            None,
-            None,
-            True,
-            True,
-            True,
-            [],
-        ),
+        "lora_linear": (x, *weight, *adapter, None, 0.0, *options, []),
+        "lora_linear_backward": (on_cuda(8, WEIGHT.n), x, xa, *weight, *adapter, 0.0, *options, *(True,) * 3, []),
     }
     for name, args in calls.items():
         choice = choose(name, OPS[name].backends, "cuda", args)
