@@ -62,6 +62,8 @@ class Fused:
         # what changes x between two calls must show: torch counts changes, but not of inference tensors
         if not unobserved((x,)) or x.is_inference() or self._wasted == _PATIENCE:
             return None
+        if all(layer is not member for member in self.layers):  # a shallow copy, as a replica on another device is
+            return None
         setting = _setting(x)
         held: _Results | None = getattr(self._held, "results", None)
         if held is not None and held.x() is x and held.version == x._version and held.setting == setting:
@@ -137,7 +139,7 @@ class Fused:
 def _setting(x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), autocast, tuple(sorted(wishes().items()))
+    return torch.is_grad_enabled(), x.requires_grad, autocast, tuple(sorted(wishes().items()))
 
 
 def _stored(layer: AdapterLinear) -> list[Tensor]:

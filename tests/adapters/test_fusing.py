@@ -249,6 +249,24 @@ def test_a_setting_that_changed_is_heeded() -> None:
         assert_close(attention.q_proj(x), attention.q_proj._adapted(x))
 
 
+def test_x_that_begins_to_need_a_gradient_gets_one() -> None:
+    fused, _ = pair("llama", None)
+    attention = fused.model.layers[0].self_attn
+    x = torch.randn(2, 3, 64)
+    attention.q_proj(x)
+    x.requires_grad_()
+    assert torch.autograd.grad(attention.k_proj(x).sum(), x)[0].abs().sum() > 0
+
+
+def test_a_shallow_copy_computes_for_itself() -> None:
+    fused, _ = pair("llama", None)
+    attention = fused.model.layers[0].self_attn
+    x = torch.randn(2, 3, 64)
+    replica = copy.copy(attention.q_proj)
+    assert_same_bits(replica(x), attention.q_proj._adapted(x))
+    assert_close(attention.q_proj(x), replica(x))
+
+
 def test_results_may_be_changed_in_place() -> None:
     fused, apart = pair("llama", None)
     grads = []
