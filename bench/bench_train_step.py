@@ -12,6 +12,7 @@ from bench.results import OWN
 from bench.whole_model import LLAMA, MINILM, TINY, Model, Step
 
 FROZEN = "frozen"
+ONE_BY_ONE = "one by one"  # peftrt without fuse
 
 
 def _models(device: str, quick: bool) -> list[Model]:
@@ -34,6 +35,7 @@ def bench_train_step(cell: Cell, runner: Runner) -> None:
     step = Step(model, runner.device)
     contenders = {
         OWN: step.own,
+        ONE_BY_ONE: step.one_by_one,
         peft_lora.NAME_NF4: step.qlora_peer,
         peft_lora.NAME: step.lora_peer,
         FROZEN: step.frozen,

@@ -16,7 +16,6 @@ from bench import problem, truth
 from bench.measure import Contender
 from bench.peers import bitsandbytes_nf4, need, peft_lora
 from bench.shapes import ENCODER, LLAMA_8B, RANK, Site
-from peftrt import NF4Weight
 
 ALPHA = 2 * RANK
 Pairs = list[tuple[Tensor, Tensor]]  # A and B of every site
@@ -105,15 +104,15 @@ LLAMA = Model(
 # Shows that the machinery works, and nothing about speed.
 TINY = Model(
     "tiny",
-    Site(2 * (2 * 64 + 2 * 32 + 3 * 128), 64),
+    Site(2 * (2 * 256 + 2 * 128 + 3 * 512), 256),
     (
         "LlamaConfig",
         {
-            "hidden_size": 64,
+            "hidden_size": 256,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "intermediate_size": 128,
+            "intermediate_size": 512,
             "vocab_size": 96,
         },
     ),
@@ -140,14 +139,22 @@ class Step:
         rows = shape.batch * shape.tokens
         self.dy = problem.activations(rows, width, shape.dtype, device).view(shape.batch, shape.tokens, width)
         self.sites = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
-        self.nf4 = {name: NF4Weight.quantize(layer.weight) for name, layer in self.sites.items()}
+        self.quantized = copy.deepcopy(self.model)
+        config = peftrt.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        peftrt.adapt(self.quantized, config, quantize="nf4", fuse=True)
+        self.nf4 = {name: self.quantized.get_submodule(name).nf4_weight() for name in self.sites}
         self.adapters = {name: problem.adapter(Site(*layer.weight.shape), device) for name, layer in self.sites.items()}
         self.embedded = self.model.get_input_embeddings()(self.ids).detach()
 
     def own(self) -> Contender:
-        """QLoRA by peftrt."""
-        model = copy.deepcopy(self.model)
-        peftrt.adapt(model, peftrt.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"), quantize="nf4")
+        """QLoRA by peftrt, layers of one input in one call."""
+        return self._by_peftrt(self.quantized)
+
+    def one_by_one(self) -> Contender:
+        """The same, each layer in a call of its own: copies of weights do not lie together."""
+        return self._by_peftrt(copy.deepcopy(self.quantized))
+
+    def _by_peftrt(self, model: nn.Module) -> Contender:
         layers = [model.get_submodule(name) for name in self.sites]
         return self._trained(model, [(layer.lora_A, layer.lora_B) for layer in layers])
 
