@@ -13,7 +13,7 @@ demo: $(VENV)/.demo build
 
 # Most tests keep one core busy. A file stays with one worker: some compile what all their tests run.
 test: $(VENV)/.test build
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -74,6 +74,11 @@ def default_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.is_grad_enabled() == grad, "the test left gradients switched"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that compile native code come first: at the end one worker would wait for the other's last of them."""
+    items.sort(key=lambda item: "/" in item.nodeid.removeprefix("tests/").partition("::")[0])
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The fixture ``walk_seed``: 30 fixed seeds; with --fuzz 3000 fresh ones; with --fuzz-seed that one."""
     if "walk_seed" in metafunc.fixturenames:
