@@ -1,11 +1,12 @@
 """The operations: one signature each, served by the backend that fits the call."""
 
+from peftrt.ops._adapter_table import AdapterTable, SlotAdapter
 from peftrt.ops._backend import BackendError, backend
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._dropout import dropout
 from peftrt.ops._lora_linear import lora_linear
 from peftrt.ops._lora_weight_norm import lora_weight_norm
-from peftrt.ops._multi_lora_linear import AdapterTable, multi_lora_linear
+from peftrt.ops._multi_lora_linear import multi_lora_linear
 from peftrt.ops._nf4_dequantize import nf4_dequantize
 from peftrt.ops._nf4_linear import nf4_linear
 from peftrt.ops._nf4_quantize import nf4_quantize
@@ -15,6 +16,7 @@ from peftrt.ops._scratch import release_scratch
 __all__ = [
     "AdapterTable",
     "BackendError",
+    "SlotAdapter",
     "backend",
     "dora_scale",
     "dropout",

@@ -1,16 +1,16 @@
-"""multi_lora_linear: a base weight and another low-rank adapter for every row."""
+"""multi_lora_linear: a base weight and another adapter for every row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops._define import OPS, define, reference_backend
+from peftrt.ops._adapter_table import AdapterTable
+from peftrt.ops._define import define, reference_backend
 from peftrt.ops._weight import (
     WEIGHT,
     WeightArgs,
@@ -23,48 +23,10 @@ from peftrt.ops._weight import (
     weight_args,
 )
 from peftrt.reference import multi_lora_linear as reference
+from peftrt.reference._weight import accumulator
+from peftrt.reference.multi_lora_linear import PAGE, X_SCALE, Y_SCALE, row_vectors, scaled
 
-
-@dataclass(frozen=True, eq=False)
-class AdapterTable:
-    """The adapters of one site, stacked: adapter e owns rows ``offsets[e] ... offsets[e] + ranks[e]`` of A and B.
-
-    Attributes:
-        A: ``[T, K]``, the adapters' lora_A one below the other; T is the sum of the ranks.
-        B: ``[T, N]``, the adapters' lora_B, transposed, one below the other.
-        ranks: int32 ``[E]``.
-        offsets: int32 ``[E]``.
-        scaling: fp32 ``[E]``.
-    """
-
-    A: Tensor
-    B: Tensor
-    ranks: Tensor
-    offsets: Tensor
-    scaling: Tensor
-
-    @classmethod
-    def stack(cls, adapters: Sequence[tuple[Tensor, Tensor, float]]) -> AdapterTable:
-        """A table of (lora_A [R, K], lora_B [N, R], scaling), ranks mixed; gradients reach each adapter's tensors.
-
-        Raises:
-            ValueError: no adapters, or an A and B that do not fit together.
-        """
-        if not adapters:
-            raise ValueError("AdapterTable: needs at least one adapter")
-        for slot, (lora_A, lora_B, _) in enumerate(adapters):
-            if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
-                shapes = f"{list(lora_A.shape)} and {list(lora_B.shape)}"
-                raise ValueError(f"AdapterTable: adapter {slot}: expected lora_A [R, K], lora_B [N, R], got {shapes}")
-        device = adapters[0][0].device
-        ranks = torch.tensor([lora_A.shape[0] for lora_A, _, _ in adapters], dtype=torch.int32)
-        return cls(
-            A=torch.cat([lora_A for lora_A, _, _ in adapters]),
-            B=torch.cat([lora_B.t() for _, lora_B, _ in adapters]),
-            ranks=ranks.to(device),
-            offsets=(ranks.cumsum(0, dtype=torch.int32) - ranks).to(device),
-            scaling=torch.tensor([scaling for _, _, scaling in adapters], dtype=torch.float32).to(device),
-        )
+_OP = "multi_lora_linear"
 
 
 def multi_lora_linear(
@@ -73,148 +35,266 @@ def multi_lora_linear(
     table: AdapterTable,
     slot_ids: Tensor,
     bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Linear map in which every row has its own low-rank adapter, or none.
+    """Linear map in which every row has its own adapter, or none.
 
-    ``y_i = x_i W^T + b + s_e (x_i A_e^T) B_e^T`` with ``e = slot_ids[i]``; -1 is the base alone. Differentiable in x, a
-    dense W, the table's A and B, and b.
+    ``y_i = c_e * (x'_i W^T + s_e (x'_i A_e^T) B_e^T) + b + b_e`` with ``e = slot_ids[i]`` and ``x'_i = u_e * x_i``; an
+    adapter without c, u or b_e has 1, 1 and 0, and -1 is the base alone. Of several maps of one x each has an A and B
+    of its own. Differentiable in x, a dense W, b, and the table's values and vectors. Only x is kept for the backward:
+    ``x A^T`` is computed again.
 
     Args:
-        x: ``[..., K]``, M rows when flattened; fp32, bf16 or fp16 (fp64 by the reference). Cast under
+        x: ``[..., K]``, M rows when flattened; fp32, bf16 or fp16 (fp64 by the reference); any strides. Cast under
             ``torch.autocast``.
         weight: ``[N, K]`` in x's dtype, an NF4Weight of that shape, or None for the adapters' share alone.
         table: AdapterTable over K and N.
-        slot_ids: int32 ``[M]``; -1 ... E - 1. On a CPU other ids are an error; on other devices they mean the base.
+        slot_ids: int32 ``[M]``; -1 ... E - 1. On a CPU other ids are an error; on other devices the base serves the
+            row, and the next call raises the error.
         bias: ``[N]`` in x's dtype, or None.
+        out: where the result goes: ``[..., N]`` in x's dtype, rows at any one stride, a row's elements together, not
+            overlapping with an argument. Takes no part in gradients.
 
     Returns:
-        ``[..., N]`` in x's dtype.
+        ``[..., N]`` in x's dtype; ``out`` where it was given. The bits of a row do not depend on the other rows, nor
+        does an adapter's gradient on the other adapters' rows. Over a dense base on a GPU, and where cuBLAS multiplies
+        (peftrt/ops/_paths.py), that is said of what the adapter adds.
 
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape, device or slot id that does not fit.
 
-    Source: Punica, Chen et al. 2023 (arXiv:2310.18547), section 4.
+    Source: Punica, Chen et al. 2023 (arXiv:2310.18547), section 4; S-LoRA, Sheng et al. 2023 (arXiv:2311.03285),
+    section 5, for pages.
     """
     if isinstance(weight, NF4Weight) or weight is None:
         x, bias = autocast(x, bias)  # type: ignore[assignment]
     else:
         x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    n, k = table.B.shape[-1], table.A.shape[-1]
-    args = (None, None, None, None, n, k, 0) if weight is None else weight_args("multi_lora_linear", weight)
-    return _FORWARD(x, *args, table.A, table.B, table.ranks, table.offsets, table.scaling, slot_ids, bias)
-
-
-_OPTIONAL_WEIGHT = WEIGHT.replace("Tensor weight", "Tensor? weight")
-_TABLE = "Tensor A, Tensor B, Tensor ranks, Tensor offsets, Tensor scaling, Tensor slot_ids"
+    nothing = (None, None, None, None, table.n, table.k, 0)
+    args = nothing if weight is None else weight_args(_OP, weight)
+    pairs = (table.values, table.ranks, table.A_pages, table.B_pages, table.scaling)
+    rest = (*args, *pairs, table.vectors, table.vector_starts, list(table.splits), slot_ids, bias)
+    if out is None:
+        return _FORWARD(x, *rest)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *rest)):
+        raise ValueError(f"{_OP}: out takes no part in gradients: call it under torch.no_grad()")
+    _OUT(x, *rest, out)
+    return out
 
 
 def _check(x: Tensor, *rest: Any) -> None:
-    weight, table, bias = WeightArgs(*rest[:7]), rest[7:13], rest[13]
-    if rest[0] is not None:
-        check_linear("multi_lora_linear", x, weight, bias)
+    weight, (*pairs, vectors, starts, splits, slot_ids, bias) = WeightArgs(*rest[:7]), rest[7:]
+    if rest[0] is None:
+        check_bias(_OP, bias, weight.n, x)
     else:
-        check_bias("multi_lora_linear", bias, weight.n, x)
-    _check_table("multi_lora_linear", x, weight.n, weight.k, *table)
+        check_linear(_OP, x, weight, bias)
+    _check_pairs(_OP, x, weight, pairs, splits, slot_ids)
+    _check_vectors(x, vectors, starts, pairs[1].shape[0])
 
 
-def _check_table(
-    op: str,
-    x: Tensor,
-    n: int,
-    k: int,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    offsets: Tensor,
-    scaling: Tensor,
-    slot_ids: Tensor,
+def _check_pairs(
+    op: str, x: Tensor, weight: WeightArgs, pairs: Sequence[Tensor], splits: Sequence[int], slot_ids: Tensor
 ) -> None:
     check_float(op, "x", x)
-    expect(x.dim() > 0 and x.shape[-1] == k, op, "x", f"[..., K = {k}]", x)
-    slots, rows = ranks.numel(), x.numel() // x.shape[-1]
-    integer, total = torch.int32, A.shape[0]
-    for name, tensor, shape, dtype in (
-        ("A", A, (total, k), None),
-        ("B", B, (total, n), None),
-        ("ranks", ranks, (slots,), integer),
-        ("offsets", offsets, (slots,), integer),
-        ("scaling", scaling, (slots,), torch.float32),
-        ("slot_ids", slot_ids, (rows,), integer),
+    expect(x.dim() > 0 and x.shape[-1] == weight.k, op, "x", f"[..., K = {weight.k}]", x)
+    fits = len(splits) > 0 and min(splits) >= 0 and sum(splits) == weight.n
+    expect(fits, op, "splits", f"sizes that sum to N = {weight.n}", splits)
+    values, ranks, A_pages, B_pages, scaling = pairs
+    check_device(op, "values", values, x)
+    check_float(op, "values", values)
+    expect(values.dim() == 1, op, "values", "of shape [S]", values)
+    expect(ranks.dim() == 2, op, "ranks", "of shape [E, P]", ranks)
+    expect(A_pages.dim() == 3, op, "A_pages", "of shape [E, P, W]", A_pages)
+    shape = (ranks.shape[0], len(splits))
+    rows = x.shape[:-1].numel()
+    for name, tensor, expected, dtype in (
+        ("ranks", ranks, shape, torch.int32),
+        ("A_pages", A_pages, (*shape, A_pages.shape[2]), torch.int64),
+        ("B_pages", B_pages, (*shape, A_pages.shape[2]), torch.int64),
+        ("scaling", scaling, shape, torch.float32),
+        ("slot_ids", slot_ids, (rows,), torch.int32),
     ):
         check_device(op, name, tensor, x)
-        expect(tuple(tensor.shape) == shape, op, name, f"of shape {list(shape)}", tensor)
-        if dtype is None:
-            check_float(op, name, tensor)
-        else:
-            expect(tensor.dtype == dtype, op, name, f"{dtype}", tensor, TypeError)
+        if tuple(tensor.shape) != expected:
+            expect(False, op, name, f"of shape {list(expected)}", tensor)
+        if tensor.dtype != dtype:
+            expect(False, op, name, f"{dtype}", tensor, TypeError)
 
 
-def _check_contents(A: Tensor, ranks: Tensor, offsets: Tensor, slot_ids: Tensor) -> None:
-    """Values can be looked at without waiting only on a CPU."""
-    if A.device.type != "cpu":
+def _check_vectors(x: Tensor, vectors: Tensor | None, starts: Tensor | None, slots: int) -> None:
+    expect((vectors is None) == (starts is None), _OP, "vector_starts", "given with vectors", starts)
+    if vectors is None or starts is None:
         return
-    op, slots = "multi_lora_linear", ranks.numel()
-    good = bool(((slot_ids >= -1) & (slot_ids < slots)).all())
-    if not good:
+    for name, tensor in (("vectors", vectors), ("vector_starts", starts)):
+        check_device(_OP, name, tensor, x)
+    wide = vectors.dim() == 1 and vectors.dtype in (torch.float32, accumulator(x.dtype))
+    expect(wide, _OP, "vectors", "float32 [V]", vectors, TypeError)
+    fits = starts.dtype == torch.int64 and tuple(starts.shape) == (slots, 3)
+    expect(fits, _OP, "vector_starts", f"int64 [E, 3] = [{slots}, 3]", starts)
+
+
+def check_contents(x: Tensor, *rest: Any) -> None:
+    """Slot ids and the slots they name lie inside the table. Values can be looked at without waiting only on a CPU."""
+    n, k, (*pairs, vectors, starts, splits, slot_ids, _) = rest[4], rest[5], rest[7:]
+    if not x.is_cpu:
+        return
+    slots = pairs[1].shape[0]
+    if not bool(((slot_ids >= -1) & (slot_ids < slots)).all()):
         low, high = int(slot_ids.min()), int(slot_ids.max())
-        raise ValueError(f"{op}: slot_ids must be in -1 ... {slots - 1}, got {low} ... {high}")
-    good = bool(((ranks >= 0) & (offsets >= 0) & (ranks.long() + offsets <= A.shape[0])).all())
-    expect(good, op, "ranks and offsets", f"slices of the {A.shape[0]} rows of A", (ranks.tolist(), offsets.tolist()))
+        raise ValueError(f"{_OP}: slot_ids must be in -1 ... {slots - 1}, got {low} ... {high}")
+    used = slot_ids.unique().long()
+    used = used[used >= 0]
+    _check_pages(_OP, k, pairs, splits, used)
+    if vectors is not None and starts is not None:
+        sizes = torch.tensor([k, n, n])
+        good = ((starts >= -1) & ((starts < 0) | (starts + sizes <= vectors.shape[0])))[used]
+        expect(bool(good.all()), _OP, "vector_starts", f"within the {vectors.shape[0]} vectors, or -1", starts.tolist())
+
+
+def _check_pages(op: str, k: int, pairs: Sequence[Tensor], splits: Sequence[int], used: Tensor) -> None:
+    values, ranks, A_pages, B_pages, _ = pairs
+    most = A_pages.shape[2] * PAGE
+    ranks = ranks[used].long()
+    good = bool(((ranks >= 0) & (ranks <= most)).all())
+    expect(good, op, "ranks", f"in 0 ... {most}, what {A_pages.shape[2]} pages hold", ranks.tolist())
+    # of every page, how many ranks of its slot it holds
+    held = (ranks[:, :, None] - PAGE * torch.arange(A_pages.shape[2])).clamp(max=PAGE)
+    outputs = torch.tensor(splits)[None, :, None]
+    for name, starts, width in (("A_pages", A_pages[used], k), ("B_pages", B_pages[used], outputs)):
+        good = bool(((held <= 0) | ((starts >= 0) & (starts + held * width <= values.shape[0]))).all())
+        expect(good, op, name, f"within the {values.shape[0]} values", starts[held > 0].tolist())
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], rest[4]))
 
 
-def _forward(x: Tensor, *rest: Any) -> Tensor:
-    A, _, ranks, offsets, _, slot_ids, _ = rest[7:]
-    _check_contents(A, ranks, offsets, slot_ids)
+def _reference(x: Tensor, *rest: Any) -> Tensor:
+    check_contents(x, *rest)
     return reference.forward(x, *rest)
 
 
-def _check_backward(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, *table: Any) -> None:
-    _check_table("multi_lora_linear_backward", x, B.shape[1], A.shape[1], A, B, *table)
-    shape = (*x.shape[:-1], B.shape[1])
-    expect(tuple(dy.shape) == shape, "multi_lora_linear_backward", "dy", f"of shape {list(shape)}", dy)
+def _check_out(x: Tensor, *rest: Any) -> None:
+    *call, out = rest
+    _check(x, *call)
+    check_device(_OP, "out", out, x)
+    shape = (*x.shape[:-1], call[4])
+    fits = tuple(out.shape) == shape and out.dtype == x.dtype
+    expect(fits, _OP, "out", f"{x.dtype} {list(shape)}", out)
+    expect(row_stride(out) is not None, _OP, "out", "of rows at one stride, with a row's elements together", out)
 
 
-def _fake_backward(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, *table: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
+def row_stride(out: Tensor) -> int | None:
+    """How many elements lie between the flattened rows of ``[..., N]``; None where that is not one number."""
+    n = out.shape[-1]
+    if n > 1 and out.stride(-1) != 1:
+        return None
+    stride, rows = n, 1
+    for size, step in zip(reversed(out.shape[:-1]), reversed(out.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        elif step != stride * rows:
+            return None
+        rows *= size
+    return stride if rows == 1 or stride >= n else None
+
+
+def _reference_out(x: Tensor, *rest: Any) -> None:
+    *call, out = rest
+    out.copy_(_reference(x, *call))
+
+
+def _check_backward(dz: Tensor, x: Tensor, *rest: Any) -> None:
+    op, weight, (*pairs, splits, slot_ids, _, _) = f"{_OP}_backward", WeightArgs(*rest[:7]), rest[7:]
+    if rest[0] is not None:
+        check_linear(op, x, weight, None)
+    _check_pairs(op, x, weight, pairs, splits, slot_ids)
+    check_device(op, "dz", dz, x)
+    shape = (*x.shape[:-1], weight.n)
+    expect(tuple(dz.shape) == shape and dz.dtype == x.dtype, op, "dz", f"{x.dtype} {list(shape)}", dz)
+
+
+def _fake_backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    values, (needs_dx, needs_dvalues) = rest[7], rest[-2:]
+    return x.new_empty(x.shape if needs_dx else (0,)), values.new_empty(values.shape if needs_dvalues else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *weight = inputs[:8]
     *tensors, ctx.n, ctx.k, ctx.block_size = weight
-    ctx.save_for_backward(x, *inputs[8:14], *tensors)
+    *table, ctx.splits, slot_ids, _ = inputs[8:]
+    ctx.save_for_backward(x, *tensors, *table, slot_ids)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """With dZ = c * dY: what flows back into z by the operation below, and into c, u and the biases by sums of rows."""
     x, *rest = ctx.saved_tensors
-    table, weight = rest[:6], rest[6:]
+    tensors, pairs, (vectors, starts, slot_ids) = rest[:4], rest[4:9], rest[9:]
     needs = ctx.needs_input_grad
-    dx, dA, dB = _BACKWARD(dy, x, *table)
-    dweight = dbias = None
-    if needs[0] and weight[0] is not None:
-        nf4 = (*weight, ctx.n, ctx.k, ctx.block_size)
-        dx = dx + (dy @ weight[0] if weight[1] is None else OPS["nf4_linear_dx"](dy, *nf4))
+    weight = (*tensors, ctx.n, ctx.k, ctx.block_size)
+    factors = row_vectors(vectors, starts, X_SCALE, slot_ids, ctx.k, 1.0)
+    dz = scaled(dy, row_vectors(vectors, starts, Y_SCALE, slot_ids, ctx.n, 1.0))
+    seen = scaled(x, factors)
+    table = (*pairs, ctx.splits, slot_ids)
+    dseen, dvalues = _BACKWARD(dz, seen, *weight, *table, needs[0] or (needs[13] and factors is not None), needs[8])
+    dweight = dbias = dvectors = None
     if needs[1]:
-        dweight = dy.reshape(-1, ctx.n).t() @ x.reshape(-1, ctx.k)
-    if needs[14]:
+        dweight = dz.reshape(-1, ctx.n).t() @ seen.reshape(-1, ctx.k)
+    if needs[17]:
         dbias = dy.reshape(-1, ctx.n).sum(0)
-    return (dx, dweight, None, None, None, None, None, None, dA, dB, None, None, None, None, dbias)
+    if needs[13]:
+        z = _FORWARD(seen, *weight, *pairs, None, None, ctx.splits, slot_ids, None)
+        rows = [None if factors is None else dseen * x, dy * z, dy]
+        dvectors = _grad_vectors(vectors, starts, slot_ids, rows)
+    dx = scaled(dseen, factors) if needs[0] else None
+    dvalues = dvalues if needs[8] else None
+    none = (None,) * 4
+    return (dx, dweight, *none, None, None, dvalues, *none, dvectors, None, None, None, dbias)
 
 
+def _grad_vectors(vectors: Tensor, starts: Tensor, slot_ids: Tensor, rows: Sequence[Tensor | None]) -> Tensor:
+    """Adds ``rows`` [M, size], what each row has of the gradient of its slot's vectors, where those lie."""
+    grad = torch.zeros_like(vectors)
+    for which, part in enumerate(rows):
+        if part is None or not starts.shape[0]:
+            continue
+        part = part.reshape(slot_ids.shape[0], -1).to(vectors.dtype)
+        sums = part.new_zeros(starts.shape[0] + 1, part.shape[1])
+        # in the order of the rows, so that a slot's sum is that of its rows alone; -1 falls on the last
+        sums.index_add_(0, slot_ids % (starts.shape[0] + 1), part)
+        has = starts[:, which] >= 0
+        at = starts[:, which].clamp(min=0)[:, None] + torch.arange(part.shape[1], device=vectors.device)
+        grad.index_add_(0, at.clamp(max=vectors.shape[0] - 1).reshape(-1), (sums[:-1] * has[:, None]).reshape(-1))
+    return grad
+
+
+_ARGUMENTS = (
+    f"Tensor x, {WEIGHT.replace('Tensor weight', 'Tensor? weight')}, Tensor values, Tensor ranks, Tensor A_pages, "
+    "Tensor B_pages, Tensor scaling, Tensor? vectors, Tensor? vector_starts, int[] splits, Tensor slot_ids, "
+    "Tensor? bias"
+)
 _FORWARD = define(
-    f"multi_lora_linear(Tensor x, {_OPTIONAL_WEIGHT}, {_TABLE}, Tensor? bias) -> Tensor",
+    f"multi_lora_linear({_ARGUMENTS}) -> Tensor",
     check=_check,
     fake=_fake,
-    backends=(reference_backend(_forward),),
+    backends=(reference_backend(_reference),),
     setup_context=_setup_context,
     backward=_backward,
 )
+_OUT = define(
+    f"multi_lora_linear.out({_ARGUMENTS}, Tensor(a!) out) -> ()",
+    check=_check_out,
+    fake=lambda *_: None,
+    backends=(reference_backend(_reference_out),),
+)
 _BACKWARD = define(
-    f"multi_lora_linear_backward(Tensor dy, Tensor x, {_TABLE}) -> (Tensor, Tensor, Tensor)",
+    f"multi_lora_linear_backward(Tensor dz, Tensor x, {WEIGHT.replace('Tensor weight', 'Tensor? weight')}, "
+    "Tensor values, Tensor ranks, Tensor A_pages, Tensor B_pages, Tensor scaling, int[] splits, Tensor slot_ids, "
+    "bool needs_dx, bool needs_dvalues) -> (Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
     backends=(reference_backend(reference.backward),),

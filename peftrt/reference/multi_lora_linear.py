@@ -1,54 +1,125 @@
-"""y_i = x_i W^T + b + s_e (x_i A_e^T) B_e^T with e = slot_ids[i] (Punica, Chen et al. 2023, arXiv:2310.18547)."""
+"""y_i = c_e * (x'_i W^T + s_e (x'_i A_e^T) B_e^T) + b + b_e with e = slot_ids[i] and x'_i = x_i * u_e.
+
+Punica, Chen et al. 2023 (arXiv:2310.18547), for s_e and the pair; peftrt/ops/_adapter_table.py says how A and B lie in
+pages of ``values``, and c, u and b_e in ``vectors``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from peftrt.reference._weight import accumulator, dense_weight
 
+# ranks a page: what an adapter's rank is rounded up to in memory
+PAGE = 8
+# columns of vector_starts
+X_SCALE, Y_SCALE, BIAS = range(3)
 
-def _slots(ranks: Tensor, offsets: Tensor, scaling: Tensor, slot_ids: Tensor) -> Iterator[tuple[Tensor, slice, float]]:
-    """For every slot with rows in the batch: their indices, its slice of the stacked A and B, its scaling."""
-    for slot in range(ranks.numel()):
+
+class Pairs(NamedTuple):
+    """The low-rank pairs of a table, as they stand in the schema."""
+
+    values: Tensor
+    ranks: Tensor
+    A_pages: Tensor
+    B_pages: Tensor
+    scaling: Tensor
+
+
+class _Pair(NamedTuple):
+    """One slot's pair for one part, which has rows in the batch."""
+
+    rows: Tensor
+    outputs: slice
+    in_A: Tensor
+    in_B: Tensor
+    rank: int
+    scale: float
+
+
+def places(pages: Tensor, rank: int, width: int) -> Tensor:
+    """Where in ``values`` the first ``rank`` rows of ``width`` elements of these pages lie: [rank * width]."""
+    starts = pages[: -(-rank // PAGE)]
+    within = torch.arange(PAGE * width, device=pages.device)
+    return (starts[:, None] + within).reshape(-1)[: rank * width]
+
+
+def _in_use(pairs: Pairs, k: int, splits: Sequence[int], slot_ids: Tensor) -> Iterator[_Pair]:
+    for slot in range(pairs.ranks.shape[0]):
         rows = (slot_ids == slot).nonzero().squeeze(1)
-        if rows.numel():
-            start = int(offsets[slot])
-            yield rows, slice(start, start + int(ranks[slot])), float(scaling[slot])
+        start = 0
+        for part, size in enumerate(splits):
+            rank = int(pairs.ranks[slot, part])
+            if rows.numel() and rank:
+                in_A = places(pairs.A_pages[slot, part], rank, k)
+                in_B = places(pairs.B_pages[slot, part], rank, size)
+                outputs = slice(start, start + size)
+                yield _Pair(rows, outputs, in_A, in_B, rank, float(pairs.scaling[slot, part]))
+            start += size
+
+
+def row_vectors(
+    vectors: Tensor | None, starts: Tensor | None, which: int, slot_ids: Tensor, size: int, missing: float
+) -> Tensor | None:
+    """``[M, size]``: of every row the vector of its slot, or ``missing``; None where no slot has any."""
+    if vectors is None or starts is None or not starts.shape[0] or not vectors.shape[0]:
+        return None
+    start = torch.where(slot_ids >= 0, starts[slot_ids.clamp(min=0).long(), which], -1)[:, None]
+    within = torch.arange(size, device=vectors.device)
+    found = vectors[(start.clamp(min=0) + within).clamp(max=vectors.shape[0] - 1)]
+    return torch.where(start >= 0, found, missing)
+
+
+def scaled(x: Tensor, factors: Tensor | None) -> Tensor:
+    """x times factors of every row, rounded once to x's dtype."""
+    return x if factors is None else (x.reshape(factors.shape) * factors).to(x.dtype).view(x.shape)
 
 
 def forward(x: Tensor, *rest: Any) -> Tensor:
-    """``x [..., K]``, the weight's arguments, A [T, K], B [T, N], ranks, offsets, scaling [E], slot_ids [M], bias.
-
-    Returns ``[..., N]`` in x's dtype. Without a weight (None) only the adapters' share.
+    """``x [..., K]``, the weight's arguments (None for no base), the table's, slot_ids [M], bias; ``[..., N]`` in x's
+    dtype.
     """
-    weight, (A, B, ranks, offsets, scaling, slot_ids, bias) = rest[:-7], rest[-7:]
+    weight, (*pairs, vectors, starts, splits, slot_ids, bias) = rest[:7], rest[7:]
+    n, k = weight[4], weight[5]
     dtype = accumulator(x.dtype)
-    wide = x.reshape(-1, x.shape[-1]).to(dtype)
-    if weight[0] is None:
-        y = wide.new_zeros(wide.shape[0], B.shape[1])
-    else:
-        y = wide @ dense_weight(x.dtype, *weight).t()
-    if bias is not None:
-        y = y + bias
-    for rows, own, scale in _slots(ranks, offsets, scaling, slot_ids):
-        y[rows] += scale * (wide[rows] @ A[own].to(dtype).t() @ B[own].to(dtype))
-    return y.to(x.dtype).view(*x.shape[:-1], B.shape[1])
+    x = scaled(x, row_vectors(vectors, starts, X_SCALE, slot_ids, k, 1.0))
+    wide = x.reshape(-1, k).to(dtype)
+    y = wide.new_zeros(wide.shape[0], n) if weight[0] is None else wide @ dense_weight(x.dtype, *weight).t()
+    values = pairs[0].to(dtype)
+    for pair in _in_use(Pairs(*pairs), k, splits, slot_ids):
+        A, B = values[pair.in_A].view(pair.rank, k), values[pair.in_B].view(pair.rank, -1)
+        y[pair.rows, pair.outputs] += pair.scale * (wide[pair.rows] @ A.t() @ B)
+    c = row_vectors(vectors, starts, Y_SCALE, slot_ids, n, 1.0)
+    own_bias = row_vectors(vectors, starts, BIAS, slot_ids, n, 0.0)
+    y = y if c is None else y * c
+    y = y if bias is None else y + bias
+    y = y if own_bias is None else y + own_bias
+    return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
-def backward(
-    dy: Tensor, x: Tensor, A: Tensor, B: Tensor, ranks: Tensor, offsets: Tensor, scaling: Tensor, slot_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the adapters' share: dX ``[..., K]`` in x's dtype, dA [T, K] and dB [T, N] in theirs."""
+def backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of ``z = x W^T + s (x A^T) B^T``: dX ``[..., K]`` in x's dtype, dvalues [S] in that of values, each
+    empty where it is not wanted.
+    """
+    weight, (*pairs, splits, slot_ids, needs_dx, needs_dvalues) = rest[:7], rest[7:]
+    n, k = weight[4], weight[5]
     dtype = accumulator(x.dtype)
-    wide, dy_wide = x.reshape(-1, x.shape[-1]).to(dtype), dy.reshape(-1, dy.shape[-1]).to(dtype)
-    dx, dA, dB = wide.new_zeros(wide.shape), wide.new_zeros(A.shape), wide.new_zeros(B.shape)
-    for rows, own, scale in _slots(ranks, offsets, scaling, slot_ids):
-        grad = scale * (dy_wide[rows] @ B[own].to(dtype).t())
-        dx[rows] = grad @ A[own].to(dtype)
-        # added, not set: slots may share rows of the table
-        dA[own] += grad.t() @ wide[rows]
-        dB[own] += (wide[rows] @ A[own].to(dtype).t()).t() @ dy_wide[rows] * scale
-    return dx.to(x.dtype).view(x.shape), dA.to(A.dtype), dB.to(B.dtype)
+    wide, dz_wide = x.reshape(-1, k).to(dtype), dz.reshape(-1, n).to(dtype)
+    values = pairs[0].to(dtype)
+    dx, dvalues = wide.new_zeros(wide.shape), torch.zeros_like(values)
+    if needs_dx and weight[0] is not None:
+        dx += dz_wide @ dense_weight(x.dtype, *weight)
+    for pair in _in_use(Pairs(*pairs), k, splits, slot_ids):
+        A, B = values[pair.in_A].view(pair.rank, k), values[pair.in_B].view(pair.rank, -1)
+        rows, outputs = wide[pair.rows], dz_wide[pair.rows, pair.outputs]
+        g = pair.scale * (outputs @ B.t())
+        dx[pair.rows] += g @ A
+        # added, not set: slots may share pages
+        dvalues.index_add_(0, pair.in_A, (g.t() @ rows).reshape(-1))
+        dvalues.index_add_(0, pair.in_B, ((rows @ A.t()).t() @ outputs * pair.scale).reshape(-1))
+    dx = dx.to(x.dtype).view(x.shape) if needs_dx else x.new_empty(0)
+    return dx, dvalues.to(pairs[0].dtype) if needs_dvalues else pairs[0].new_empty(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,50 +14,12 @@ from torch import Tensor
 
 import peftrt
 from peftrt import ops
-from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import AdapterTable
+from peftrt.ops import AdapterTable, SlotAdapter
+from peftrt.ops._multi_lora_linear import row_stride
 from peftrt.ops._weight import weight_args
 from tests.cases import FLOATS, LAYOUTS, exact, laid_out, nf4, randn
+from tests.ops.multi_lora import Adapters, adapters, base, by_row, ids
 from tests.tolerances import assert_close, assert_same_bits
-
-Adapters = list[tuple[Tensor, Tensor, float]]
-
-
-def ids(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def adapters(
-    ranks: list[int], n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False
-) -> Adapters:
-    return [
-        (
-            randn(r, k, seed=seed + 2 * e, dtype=dtype).requires_grad_(grad),
-            randn(n, r, seed=seed + 2 * e + 1, dtype=dtype).requires_grad_(grad),
-            0.5 + e,
-        )
-        for e, r in enumerate(ranks)
-    ]
-
-
-def by_row(x: Tensor, weight: Tensor | None, loras: Adapters, slot_ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One row after the other, each with matrices of its own."""
-    flat = x.double().reshape(-1, x.shape[-1])
-    n = loras[0][1].shape[0]
-    rows = []
-    for i, slot in enumerate(slot_ids.tolist()):
-        row = flat.new_zeros(n) if weight is None else weight @ flat[i]
-        if slot >= 0:
-            lora_A, lora_B, scaling = loras[slot]
-            row = row + scaling * (lora_B.double() @ (lora_A.double() @ flat[i]))
-        rows.append(row if bias is None else row + bias.double())
-    return (torch.stack(rows) if rows else flat.new_zeros(0, n)).view(*x.shape[:-1], n)
-
-
-def base(kind: str, n: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor | NF4Weight | None:
-    if kind == "none":
-        return None
-    return nf4(n, k, seed=seed) if kind == "nf4" else randn(n, k, seed=seed, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -158,15 +121,22 @@ def test_gradients_equal_finite_differences(kind: str) -> None:
 def test_opcheck(kind: str) -> None:
     weight = base(kind, 6, 64, torch.float32)
     args = (None, None, None, None, 6, 64, 0) if weight is None else weight_args("multi_lora_linear", weight)
-    table = AdapterTable.stack(adapters([2, 3], 6, 64))
+    vectors = SlotAdapter((None, None), randn(64), randn(6), randn(6))
+    (first, _), second = adapters([2, 3], 4, 64), adapters([9], 2, 64)[0]
+    table = AdapterTable.stack([SlotAdapter((first, second)), vectors], splits=(4, 2))
+    pairs = (table.values.detach().requires_grad_(), table.ranks, table.A_pages, table.B_pages, table.scaling)
     for slots in ((), (0, 1, -1, 1)):
-        A, B = table.A.detach().requires_grad_(), table.B.detach().requires_grad_()
-        rest = (A, B, table.ranks, table.offsets, table.scaling, ids(*slots))
         x, dy, b = (randn(*s).requires_grad_() for s in ((len(slots), 64), (len(slots), 6), (6,)))
-        torch.library.opcheck(torch.ops.peftrt.multi_lora_linear.default, (x, *args, *rest, b))
-        tests = ("test_schema", "test_faketensor")  # it has no gradient of its own
-        plain = [t.detach() for t in (dy, x, *rest)]
-        torch.library.opcheck(torch.ops.peftrt.multi_lora_linear_backward.default, plain, test_utils=tests)
+        call = (x, *args, *pairs, table.vectors, table.vector_starts, [4, 2], ids(*slots))
+        torch.library.opcheck(torch.ops.peftrt.multi_lora_linear.default, (*call, b))
+        tests = ("test_schema", "test_faketensor")  # they have no gradient of their own
+        plain = [t.detach() if isinstance(t, Tensor) else t for t in (dy, x, *args, *pairs, [4, 2], ids(*slots))]
+        for wanted in ((True, True), (True, False), (False, True)):
+            backward = torch.ops.peftrt.multi_lora_linear_backward.default
+            torch.library.opcheck(backward, (*plain, *wanted), test_utils=tests)
+        plain = [t.detach() if isinstance(t, Tensor) else t for t in (*call, b)]
+        out = torch.ops.peftrt.multi_lora_linear.out
+        torch.library.opcheck(out, (*plain, torch.empty(len(slots), 6)), test_utils=tests)
 
 
 def test_a_second_gradient_is_refused_not_wrong() -> None:
@@ -241,41 +211,6 @@ def test_twice_gives_the_same_bits() -> None:
     assert_same_bits(first, second)
 
 
-def test_slots_may_share_rows_of_the_table() -> None:
-    """Two scalings of one adapter: its gradient is the sum of both slots'."""
-    ((lora_A, lora_B, _),) = adapters([3], 5, 8)
-    A, B = lora_A.clone().requires_grad_(), lora_B.t().clone().requires_grad_()
-    table = AdapterTable(A, B, ids(3, 3), ids(0, 0), torch.tensor([0.5, 2.0]))
-    x = randn(3, 8)
-    y = ops.multi_lora_linear(x, None, table, ids(0, 1, 1))
-    y.sum().backward()
-    wide_A, wide_B = (t.double().requires_grad_() for t in (lora_A, lora_B))
-    expected = by_row(x, None, [(wide_A, wide_B, 0.5), (wide_A, wide_B, 2.0)], ids(0, 1, 1))
-    expected.sum().backward()
-    assert_close(y, expected)
-    assert_close(A.grad, wide_A.grad)
-    assert_close(B.grad, wide_B.grad.t())
-
-
-def test_stack_lays_mixed_ranks_one_below_the_other() -> None:
-    loras = adapters([4, 1, 3], 16, 64)
-    table = AdapterTable.stack(loras)
-    assert (table.ranks.tolist(), table.offsets.tolist()) == ([4, 1, 3], [0, 4, 5])
-    assert (table.ranks.dtype, table.offsets.dtype, table.scaling.dtype) == (torch.int32, torch.int32, torch.float32)
-    assert table.scaling.tolist() == [0.5, 1.5, 2.5]
-    for (lora_A, lora_B, _), start, r in zip(loras, table.offsets.tolist(), table.ranks.tolist(), strict=True):
-        assert_same_bits(table.A[start : start + r], lora_A)
-        assert_same_bits(table.B[start : start + r], lora_B.t())
-
-
-def test_stack_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="AdapterTable: needs at least one adapter"):
-        AdapterTable.stack([])
-    good = adapters([2], 16, 64)[0]
-    with pytest.raises(ValueError, match=r"AdapterTable: adapter 1: .*got \[2, 64\] and \[2, 16\]"):
-        AdapterTable.stack([good, (good[0], good[1].t(), 1.0)])
-
-
 @pytest.mark.parametrize("slots", [(0, 2), (-2, 0), (2**31 - 1, 0), (-(2**31), 0)])
 def test_a_slot_id_out_of_range_is_refused(slots: tuple[int, int]) -> None:
     table = AdapterTable.stack(adapters([2, 2], 6, 64))
@@ -286,12 +221,30 @@ def test_a_slot_id_out_of_range_is_refused(slots: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "offsets"), [((2, 3), (0, 2)), ((-1, 2), (0, 2)), ((2, 2), (0, -1)), ((2, 2**31 - 1), (0, 1))]
+    ("field", "value", "message"),
+    [
+        ("ranks", 9, r"ranks must be in 0 \.\.\. 8, what 1 pages hold"),
+        ("ranks", -1, r"ranks must be in 0 \.\.\. 8"),
+        ("A_pages", -1, "A_pages must be within the 1120 values"),
+        ("A_pages", 1120 - 2 * 64 + 1, "A_pages must be within"),
+        ("B_pages", 2**62, "B_pages must be within"),
+    ],
 )
-def test_a_table_that_points_outside_of_itself_is_refused(ranks: tuple[int, ...], offsets: tuple[int, ...]) -> None:
-    table = AdapterTable(torch.zeros(4, 64), torch.zeros(4, 6), ids(*ranks), ids(*offsets), torch.ones(2))
-    with pytest.raises(ValueError, match="multi_lora_linear: ranks and offsets must be slices of the 4 rows of A"):
-        ops.multi_lora_linear(torch.zeros(2, 64), nf4(6, 64), table, ids(0, 1))
+def test_a_table_that_points_outside_of_itself_is_refused(field: str, value: int, message: str) -> None:
+    changed = getattr(TABLE, field).clone()
+    changed[1] = value
+    table = dataclasses.replace(TABLE, **{field: changed})
+    with pytest.raises(ValueError, match=f"multi_lora_linear: {message}"):
+        ops.multi_lora_linear(X, nf4(6, 64), table, ids(0, 1, 0))
+    ops.multi_lora_linear(X, nf4(6, 64), table, ids(0, -1, 0))
+
+
+def test_vectors_outside_of_themselves_are_refused() -> None:
+    table = AdapterTable.stack([SlotAdapter((None,), y_scale=torch.ones(6))], splits=(6,), k=64)
+    assert table.vector_starts is not None
+    table = dataclasses.replace(table, vector_starts=table.vector_starts + 2)
+    with pytest.raises(ValueError, match="multi_lora_linear: vector_starts must be within the 6 vectors"):
+        ops.multi_lora_linear(X, None, table, ids(0, 0, 0))
 
 
 TABLE = AdapterTable.stack(adapters([2, 2], 6, 64))
@@ -303,17 +256,22 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ids elsewhere": ({"slot_ids": ids(0, 1, 0).to("meta")}, ValueError, "slot_ids must be on cpu.*on meta"),
     "x of another width": ({"x": X[:, 1:]}, ValueError, r"x must be \[\.\.\., K = 64\].*got float32 \[3, 63\]"),
     "x of integers": ({"x": X.int()}, TypeError, r"x must be one of float32.*got int32"),
-    "A of another width": ({"A": TABLE.A[:, 1:]}, ValueError, r"A must be of shape \[4, 64\], got float32 \[4, 63\]"),
-    "A of integers": ({"A": TABLE.A.int()}, TypeError, r"A must be one of float32.*got int32"),
-    "A elsewhere": ({"A": TABLE.A.to("meta")}, ValueError, "A must be on cpu.*on meta"),
-    "B of fewer rows": ({"B": TABLE.B[1:]}, ValueError, r"B must be of shape \[4, 6\], got float32 \[3, 6\]"),
-    "B not transposed": ({"B": TABLE.B.t()}, ValueError, r"B must be of shape \[4, 6\], got float32 \[6, 4\]"),
-    "ranks of int64": ({"ranks": TABLE.ranks.long()}, TypeError, r"ranks must be torch.int32, got int64 \[2\]"),
-    "too few offsets": ({"offsets": TABLE.offsets[:1]}, ValueError, r"offsets must be of shape \[2\], got int32 \[1\]"),
+    "values of two dimensions": ({"values": TABLE.values[None]}, ValueError, r"values must be of shape \[S\]"),
+    "values of integers": ({"values": TABLE.values.int()}, TypeError, r"values must be one of float32.*got int32"),
+    "values elsewhere": ({"values": TABLE.values.to("meta")}, ValueError, "values must be on cpu.*on meta"),
+    "ranks of one dimension": ({"ranks": TABLE.ranks[:, 0]}, ValueError, r"ranks must be of shape \[E, P\]"),
+    "ranks of int64": ({"ranks": TABLE.ranks.long()}, TypeError, r"ranks must be torch.int32, got int64 \[2, 1\]"),
+    "pages of int32": ({"A_pages": TABLE.A_pages.int()}, TypeError, r"A_pages must be torch.int64, got int32"),
+    "too few pages": ({"B_pages": TABLE.B_pages[:1]}, ValueError, r"B_pages must be of shape \[2, 1, 1\]"),
     "scaling of fp64": ({"scaling": TABLE.scaling.double()}, TypeError, r"scaling must be torch.float32, got float64"),
     "bias of another length": ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[N\] = \[6\], got float32 \[5\]"),
     "weight of another dtype": ({"weight": torch.zeros(6, 64).half()}, TypeError, "weight must be of x's dtype"),
-    "weight of other sizes": ({"weight": torch.zeros(5, 64)}, ValueError, r"B must be of shape \[4, 5\]"),
+    "weight of other sizes": ({"weight": torch.zeros(5, 64)}, ValueError, r"splits must be sizes that sum to N = 5"),
+    "splits of other sizes": ({"splits": (5, 2)}, ValueError, "splits must be sizes that sum to N"),
+    "vectors alone": ({"vectors": torch.zeros(6)}, ValueError, "vector_starts must be given with vectors"),
+    "out of another shape": ({"out": torch.empty(3, 5)}, ValueError, r"out must be torch.float32 \[3, 6\]"),
+    "out of another dtype": ({"out": torch.empty(3, 6).half()}, ValueError, r"out must be torch.float32 \[3, 6\]"),
+    "out in columns": ({"out": torch.empty(6, 3).t()}, ValueError, "out must be of rows at one stride"),
 }
 
 
@@ -321,11 +279,42 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_argument_is_named(case: str, kind: str) -> None:
     change, error, message = BAD[case]
-    if kind == "none" and case in ("x of another width", "A of another width", "B not transposed"):
+    if kind == "none" and case in ("weight of another dtype", "weight of other sizes", "splits of other sizes"):
         pytest.skip("without a weight, the table says what K and N are")
-    table = AdapterTable(**{**TABLE.__dict__, **{k: v for k, v in change.items() if k in TABLE.__dict__}})
+    table = dataclasses.replace(TABLE, **{k: v for k, v in change.items() if k in TABLE.__dict__})
     weight = change.get("weight", base(kind, 6, 64, torch.float32))
+    x, slots, bias, out = (change.get(*c) for c in (("x", X), ("slot_ids", ids(0, 1, 0)), ("bias",), ("out",)))
     with pytest.raises(error, match="multi_lora_linear: " + message):
-        ops.multi_lora_linear(
-            change.get("x", X), weight, table, change.get("slot_ids", ids(0, 1, 0)), change.get("bias")
-        )
+        ops.multi_lora_linear(x, weight, table, slots, bias, out=out)
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "nf4"])
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (0,)], ids=str)
+def test_out_is_written_between_what_lies_around_it(kind: str, lead: tuple[int, ...]) -> None:
+    weight, x, b = base(kind, 6, 64, torch.float32), randn(*lead, 64), randn(6)
+    slots = ids(*(i % 3 - 1 for i in range(math.prod(lead))))
+    around = torch.full((*lead, 11), 7.0)
+    out = around[..., 2:8]
+    assert ops.multi_lora_linear(x, weight, TABLE, slots, b, out=out) is out
+    assert_same_bits(out, ops.multi_lora_linear(x, weight, TABLE, slots, b))
+    assert (around[..., :2] == 7).all()
+    assert (around[..., 8:] == 7).all()
+
+
+def test_out_takes_no_part_in_gradients() -> None:
+    x = X.clone().requires_grad_()
+    with pytest.raises(ValueError, match="multi_lora_linear: out takes no part in gradients"):
+        ops.multi_lora_linear(x, None, TABLE, ids(0, 1, 0), out=torch.empty(3, 6))
+    with torch.no_grad():
+        ops.multi_lora_linear(x, None, TABLE, ids(0, 1, 0), out=torch.empty(3, 6))
+
+
+def test_row_stride_is_one_number_or_none() -> None:
+    whole = torch.empty(4, 3, 10)
+    assert row_stride(whole) == 10
+    assert row_stride(whole[..., 2:5]) == 10
+    assert row_stride(whole[:, :2, 2:5]) is None
+    assert row_stride(whole.transpose(0, 1)) is None
+    assert row_stride(torch.empty(3).expand(4, 3)) is None
+    assert row_stride(whole[0, 1, 2:5]) == 3
+    assert row_stride(whole[:, 1:2, :3]) == 30

@@ -113,6 +113,7 @@ def test_lora_linear_and_multi_lora_linear_element_by_element() -> None:
     assert_close(gradient, torch.tensor(dc, dtype=torch.float64), roundings=4)
 
     ids = torch.tensor([0, -1, 0, -1], dtype=torch.int32)
-    table = (A, B.t().contiguous(), torch.tensor([r]), torch.tensor([0]), torch.tensor([s]), ids)
+    values, starts = torch.cat([A.flatten(), B.t().flatten()]), (torch.tensor([[[0]]]), torch.tensor([[[r * k]]]))
+    table = (values, torch.tensor([[r]]), *starts, torch.tensor([[s]]), None, None, [n], ids)
     mixed = [full[i] if i % 2 == 0 else plain[i] for i in range(m)]
     assert_close(multi_lora_linear.forward(x, *args, *table, None), torch.tensor(mixed, dtype=torch.float64))
