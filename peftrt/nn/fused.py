@@ -87,7 +87,7 @@ class Fused:
 
     def weight(self) -> Tensor | NF4Weight | None:
         """All weights as one [N, K], a view; None where they do not lie together (any more)."""
-        tensors = [tensor for layer in self.layers for tensor in _stored(layer)]
+        tensors = [p for layer in self.layers for p in layer.weight_parameters().values()]
         if any(tensor.is_inference() for tensor in tensors):
             return None
         marks = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
@@ -140,10 +140,6 @@ def _setting(x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return torch.is_grad_enabled(), x.requires_grad, autocast, tuple(sorted(wishes().items()))
-
-
-def _stored(layer: AdapterLinear) -> list[Tensor]:
-    return [p for name, p in layer._parameters.items() if p is not None and name.startswith("weight")]
 
 
 def _follow(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -223,13 +219,12 @@ def lay_together(layers: Sequence[AdapterLinear]) -> str | None:
     if reason is not None:
         return reason
     if _together(layers) is None:
-        names = [name for name, p in layers[0]._parameters.items() if p is not None and name.startswith("weight")]
         offsets = [layer._parameters.get("weight_nested_offset") for layer in layers]
         if any(o is not None and not torch.equal(o, offsets[0]) for o in offsets):  # type: ignore[arg-type]
             return "they were quantised one by one: adapt with fuse=True quantises them together"
         if any(getattr(layer, "_transposed", False) for layer in layers):
             return "Conv1D stores columns"
-        for name in [name for name in names if name != "weight_nested_offset"]:
+        for name in [name for name in layers[0].weight_parameters() if name != "weight_nested_offset"]:
             old = [layer._parameters[name] for layer in layers]
             whole = torch.cat([p.detach() for p in old if p is not None])
             sizes = [p.shape[0] for p in old if p is not None]
