@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ class Step:
     """
 
     def __init__(self, shape: Model, device: str) -> None:
-        self.shape, self.device = shape, device
+        self.shape = shape
         self.model = shape.build(device)
         width = self.model.config.hidden_size
         with torch.device(device):
@@ -144,6 +144,11 @@ class Step:
         peftrt.adapt(self.quantized, config, quantize="nf4", fuse=True)
         self.nf4 = {name: self.quantized.get_submodule(name).nf4_weight() for name in self.sites}
         self.adapters = {name: problem.adapter(Site(*layer.weight.shape), device) for name, layer in self.sites.items()}
+        with torch.no_grad():
+            for name, (lora_A, lora_B) in self.adapters.items():
+                layer = self.quantized.get_submodule(name)
+                layer.lora_A.copy_(lora_A)
+                layer.lora_B.copy_(lora_B)
         self.embedded = self.model.get_input_embeddings()(self.ids).detach()
 
     def own(self) -> Contender:
@@ -223,9 +228,6 @@ class Step:
     def _trained(self, model: nn.Module, pairs: Pairs) -> Contender:
         """A learning rate of 0 changes nothing, and costs what others cost."""
         parameters = [parameter for pair in pairs for parameter in pair]
-        with torch.no_grad():
-            for parameter, value in zip(parameters, self._values(), strict=True):
-                parameter.copy_(value)
         optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
 
         def call() -> tuple[Tensor, ...]:
@@ -241,10 +243,6 @@ class Step:
 
     def _contender(self, call: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...], held: int) -> Contender:
         return Contender((call,), expected, self.shape.tolerance, captured=False, resident=held)
-
-    def _values(self) -> Iterator[Tensor]:
-        for pair in self.adapters.values():
-            yield from pair
 
 
 class Exact(nn.Module):

@@ -251,29 +251,24 @@ def _wrap(
 
     ``groups``: paths whose weights are quantised together.
     """
-    together = {path: group for group in groups for path in group}
-    made: dict[str, Any] = {}
+    group_of = {path: tuple(group) for group in groups for path in group}
     options = {key: value for key, value in storage.items() if key != "quantize"}
     paths = plan.paths if source is None else source.in_file_order(plan.paths)
     done = 0
     try:
-        for path in paths:
-            group = together.pop(path, [path])
-            for member in group:
-                together.pop(member, None)
-                if source is not None and member not in made:
-                    source.fill(member)
-            if len(group) > 1:
-                makers = quantized_together(model, group, options)
-                made.update(zip(group, makers or [None] * len(group), strict=True))
-            if storage["quantize"] is None or path in plan.dense:
-                _swap(model, path, state, _dense_layer)
-            else:
-                make = made.pop(path, None) or partial(QLoRALinear.from_linear, **begin(path), **options)
-                _swap(model, path, state, make)
-                done += path in plan.new
-            state.storage = storage
-            attach_state(model, state)
+        for unit in dict.fromkeys(group_of.get(path, (path,)) for path in paths):
+            if source is not None:
+                for path in unit:
+                    source.fill(path)
+            makers = quantized_together(model, unit, options) if len(unit) > 1 else None
+            for path, make in zip(unit, makers or [None] * len(unit), strict=True):
+                if storage["quantize"] is None or path in plan.dense:
+                    _swap(model, path, state, _dense_layer)
+                else:
+                    _swap(model, path, state, make or partial(QLoRALinear.from_linear, **begin(path), **options))
+                    done += path in plan.new
+                state.storage = storage
+                attach_state(model, state)
     except BaseException as error:
         if done and source is None:
             error.add_note(f"peftrt.adapt: {done} of {len(plan.new)} weights were quantised before this and stay so")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftrt.adapters.plan import shared_weights
 from peftrt.adapters.state import unwrap
 from peftrt.nn import AdapterLinear, QLoRALinear
 from peftrt.nn.fused import lay_together, quantize_together, why_apart
@@ -53,12 +54,12 @@ def fuse(model: nn.Module) -> dict[str, str | None]:
     """
     model = unwrap(model)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, AdapterLinear)}
+    groups = siblings(list(layers))
+    shared = shared_weights(model, [path for group in groups for path in group])
     found: dict[str, str | None] = {}
-    for group in siblings(list(layers)):
-        members = [layers[path] for path in group]
-        shared = [path for path, member in zip(group, members, strict=True) if _is_shared(model, member)]
-        reason = f"{shared[0]} shares its weight with another module" if shared else lay_together(members)
-        found[" + ".join(group)] = reason
+    for group in groups:
+        reasons = [f"{path}: {shared[path]}" for path in group if path in shared]
+        found[" + ".join(group)] = reasons[0] if reasons else lay_together([layers[path] for path in group])
     return found
 
 
@@ -74,8 +75,3 @@ def quantized_together(model: nn.Module, group: Sequence[str], storage: dict[str
     weights = [module.weight.detach() for module in modules if isinstance(module, nn.Linear)]
     parts = quantize_together(weights, storage["block_size"], storage["double_quant"])
     return None if parts is None else [partial(QLoRALinear.from_quantized, weight=part) for part in parts]
-
-
-def _is_shared(model: nn.Module, layer: AdapterLinear) -> bool:
-    users = [module for module in model.modules() if any(p is layer.weight for p in module._parameters.values())]
-    return len(users) > 1

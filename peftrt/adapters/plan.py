@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
     _check_everything_matched(model, config, plan)
     tables = [path for path in plan.new if is_embedding(model.get_submodule(path))]
     looked_up = dict.fromkeys(tables, "the rows of an embedding are looked up, not multiplied")
-    plan.dense = _kept_precise(model, plan.new) | _shared_weights(model, plan.new) | looked_up
+    plan.dense = _kept_precise(model, plan.new) | shared_weights(model, plan.new) | looked_up
     return plan
 
 
@@ -135,7 +135,7 @@ def check_initialisation(model: nn.Module, config: LoraConfig, plan: Plan, quant
                 "already"
             )
         return
-    for path, reason in _shared_weights(model, plan.paths).items():
+    for path, reason in shared_weights(model, plan.paths).items():
         raise UnsupportedError(f"init_lora_weights: {init!r} would change {path}, but {reason}")
     if quantized:
         warnings.warn(
@@ -231,6 +231,22 @@ def close_names(wanted: str, model: nn.Module) -> str:
     return f"; close names: {', '.join(close)}"
 
 
+def shared_weights(model: nn.Module, paths: list[str]) -> dict[str, str]:
+    """Path -> reason of the modules whose weight is that of another one, too, as a tied head's: quantising or moving it
+    would cut the tie.
+    """
+    users: defaultdict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users[_identity(parameter)].append((path, module))
+    shared = {}
+    for path in paths:
+        others = [user for user in users[_identity(model.get_submodule(path).weight)] if user[0] != path]
+        if others:
+            shared[path] = f"its weight is also that of {others[0][0]}"
+    return shared
+
+
 def _check_saved(path: str, module: nn.Module, state: ModelAdapters) -> None:
     if isinstance(module, SavedModule):
         return
@@ -265,20 +281,6 @@ def _kept_precise(model: nn.Module, paths: list[str]) -> dict[str, str]:
         names.update(getattr(model, attribute, None) or ())
     kept = [path for path in paths if names & set(path.split("."))]
     return dict.fromkeys(kept, "the model asks for full precision (_keep_in_fp32_modules)")
-
-
-def _shared_weights(model: nn.Module, paths: list[str]) -> dict[str, str]:
-    """Modules whose weight is that of another one, too, as a tied head's: quantising it would cut the tie."""
-    users: defaultdict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users[_identity(parameter)].append((path, module))
-    shared = {}
-    for path in paths:
-        others = [user for user in users[_identity(model.get_submodule(path).weight)] if user[0] != path]
-        if others:
-            shared[path] = f"its weight is also that of {others[0][0]}"
-    return shared
 
 
 def _identity(tensor: Tensor | nn.Module) -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from peftrt.nn.principal import Term
 
 DEFAULT = "default"
 # What an adapter's Parameters are called; the last only DoRA's have.
@@ -44,10 +45,9 @@ class Adapter:
         """What is trained of it: A, B, and DoRA's magnitude."""
         return (self.lora_A, self.lora_B) if self.magnitude is None else (self.lora_A, self.lora_B, self.magnitude)
 
-    @torch.no_grad()
     def delta(self) -> Tensor:
         """s B A, fp32 [N, K]: without the magnitude that DoRA gives its sum with W."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        return Term(self.lora_A, self.lora_B, self.scaling).delta()
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:

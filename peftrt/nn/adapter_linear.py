@@ -301,14 +301,18 @@ class AdapterLinear(PrincipalParts):
 
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in adapter.parameters)):
             return compute()
-        base = [p for key, p in self._parameters.items() if p is not None and key.startswith("weight")]
         halves = [half for term in terms for half in (term.lora_A, term.lora_B)]
-        return self._scales.get(name, (magnitude, *halves, *base), adapter.scaling, compute)
+        read = (magnitude, *halves, *self.weight_parameters().values())
+        return self._scales.get(name, read, adapter.scaling, compute)
 
     @property
     def merged(self) -> dict[str, float] | None:
         """The adapters that are merged into the base, with their weights; None where none is."""
         return None if self._merged is None else dict(self._merged)
+
+    def weight_parameters(self) -> dict[str, nn.Parameter]:
+        """The Parameters that hold the base weight, by name: one, or NF4's codes and scales."""
+        return {name: p for name, p in self._parameters.items() if p is not None and name.startswith("weight")}
 
     def original_weight(self) -> Tensor:
         """The Parameter that ``weight`` was before anything was merged into it."""

@@ -74,10 +74,9 @@ class Fused:
         self._wasted += held is not None and bool(held.of)
         self._held.results = None
         weight = self.weight()
-        adapter = None if weight is None else self._adapter()
-        if adapter is None:
+        together = None if weight is None else self._product(x, weight)
+        if together is None:
             return None
-        together = self._multiply(x, weight, *adapter)
         # "unsafe" where parts overlap: these may each be changed in place, as a layer's own result may
         sizes = [member.out_features for member in self.layers]
         results = dict(zip(map(id, self.layers), together.unsafe_split_with_sizes(sizes, -1), strict=True))
@@ -87,7 +86,7 @@ class Fused:
 
     def weight(self) -> Tensor | NF4Weight | None:
         """All weights as one [N, K], a view; None where they do not lie together (any more)."""
-        tensors = [tensor for layer in self.layers for tensor in _stored(layer)]
+        tensors = [p for layer in self.layers for p in layer.weight_parameters().values()]
         if any(tensor.is_inference() for tensor in tensors):
             return None
         marks = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
@@ -95,8 +94,8 @@ class Fused:
             self._weight = marks, _together(self.layers)
         return self._weight[1]
 
-    def _adapter(self) -> tuple[Any, ...] | None:
-        """A, B, scaling, dropout, row scale and bias of all; None where the layers do not act alike."""
+    def _product(self, x: Tensor, weight: Tensor | NF4Weight) -> Tensor | None:
+        """What all layers give of x, side by side; None where they do not act alike."""
         first, *others = self.layers
         biases = [layer.bias for layer in self.layers]
         if any(layer.merged is not None for layer in self.layers) or len({bias is None for bias in biases}) > 1:
@@ -111,39 +110,32 @@ class Fused:
         if len({lora_A.shape[0] for lora_A, _, _ in pairs}) > 1:
             return None
         scales = [layer._row_scale(of_layer) for layer, of_layer in zip(self.layers, terms, strict=True)]
-        if len({scale is None for scale in scales}) > 1:
-            return None
         scaling = pairs[0][2]
-        lora_B = [B if own == scaling else B * (own / scaling) for _, B, own in pairs] if scaling else None
-        if lora_B is None:
+        if len({scale is None for scale in scales}) > 1 or not scaling:
             return None
-        parts = [torch.cat([A for A, _, _ in pairs]), torch.cat(lora_B), scaling, dropouts.pop()]
-        return *parts, *(None if of_all[0] is None else torch.cat(of_all) for of_all in (scales, biases))  # type: ignore[arg-type]
+        return ops.lora_linear(
+            x,
+            weight,
+            torch.cat([A for A, _, _ in pairs]),
+            torch.cat([B if own == scaling else B * (own / scaling) for _, B, own in pairs]),
+            scaling,
+            _below(biases),
+            dropout_p=dropouts.pop(),
+            row_scale=_below(scales),
+            splits=[layer.out_features for layer in self.layers],
+        )
 
-    def _multiply(
-        self,
-        x: Tensor,
-        weight: Any,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout_p: float,
-        row_scale: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        options: dict[str, Any] = {"dropout_p": dropout_p, "row_scale": row_scale}
-        splits = [layer.out_features for layer in self.layers]
-        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, splits=splits, **options)
+
+def _below(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Parts one below the other; None where there is none."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def _setting(x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return torch.is_grad_enabled(), x.requires_grad, autocast, tuple(sorted(wishes().items()))
-
-
-def _stored(layer: AdapterLinear) -> list[Tensor]:
-    return [p for name, p in layer._parameters.items() if p is not None and name.startswith("weight")]
 
 
 def _follow(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -223,13 +215,12 @@ def lay_together(layers: Sequence[AdapterLinear]) -> str | None:
     if reason is not None:
         return reason
     if _together(layers) is None:
-        names = [name for name, p in layers[0]._parameters.items() if p is not None and name.startswith("weight")]
         offsets = [layer._parameters.get("weight_nested_offset") for layer in layers]
         if any(o is not None and not torch.equal(o, offsets[0]) for o in offsets):  # type: ignore[arg-type]
             return "they were quantised one by one: adapt with fuse=True quantises them together"
         if any(getattr(layer, "_transposed", False) for layer in layers):
             return "Conv1D stores columns"
-        for name in [name for name in names if name != "weight_nested_offset"]:
+        for name in [name for name in layers[0].weight_parameters() if name != "weight_nested_offset"]:
             old = [layer._parameters[name] for layer in layers]
             whole = torch.cat([p.detach() for p in old if p is not None])
             sizes = [p.shape[0] for p in old if p is not None]

@@ -202,8 +202,7 @@ class QLoRALinear(AdapterLinear, NF4Linear):
                 "rounding to 16 levels swallows; export the merged model in bf16 (to_linear, peftrt.export), or pass "
                 "force=True"
             )
-        names = [name for name in self._parameters if name.startswith("weight")]
-        before: dict[str, Tensor] = {name: p for name in names if (p := self._parameters[name]) is not None}
+        before: dict[str, Tensor] = {**self.weight_parameters()}
         self._set_weight(self._requantized(weights))
         return before
 

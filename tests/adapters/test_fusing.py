@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import peftrt
 from peftrt import ops
 from tests.adapters.tiny import build, config, logits, tokens
+from tests.nn.layers import conv1d
 from tests.tolerances import assert_close, assert_same_bits
 
 ALL = {"target_modules": "all-linear"}
@@ -358,3 +359,57 @@ def test_what_cannot_be_fused_is_said() -> None:
     gpt2 = build("gpt2")
     peftrt.adapt(gpt2, config("gpt2"), fuse=True)
     assert peftrt.fuse(gpt2) == {}
+
+
+def tie(model: Any) -> None:
+    model.head = nn.Linear(128, 128, bias=False)
+    model.head.weight = model.k_proj.weight
+
+
+def halve(model: Any) -> None:
+    model.k_proj.bfloat16()
+
+
+def narrow(model: Any) -> None:
+    model.k_proj = nn.Linear(64, 128)
+
+
+def without_bias(model: Any) -> None:
+    model.k_proj.bias = None
+
+
+def in_columns(model: Any) -> None:
+    model.q_proj, model.k_proj, model.v_proj = (conv1d(128, n) for n in (256, 128, 128))
+
+
+APART: list[tuple[str, Callable[[Any], None], str | None]] = [
+    ("k_proj: its weight is also that of head", tie, None),
+    ("they are of several devices or dtypes", halve, None),
+    ("their inputs have several sizes", narrow, None),
+    ("some have a bias and some none", without_bias, None),
+    ("Conv1D stores columns", in_columns, None),
+    ("their weights are of several forms", halve, "nf4"),
+]
+
+
+@pytest.mark.parametrize(("reason", "change", "quantize"), APART, ids=[reason for reason, *_ in APART])
+def test_layers_that_stay_apart_say_why_and_compute_as_before(
+    reason: str, change: Callable[[Any], None], quantize: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = Attention()
+    change(model)
+    dtypes = [layer.weight.dtype for layer in (model.q_proj, model.k_proj, model.v_proj)]
+    peftrt.adapt(model, config("llama", **ALL), quantize=quantize, double_quant=False)
+    x = torch.randn(3, 128)
+
+    def results() -> list[Tensor]:
+        layers = (model.q_proj, model.k_proj, model.v_proj)
+        return [layer(x[:, : layer.in_features].to(dtype)) for layer, dtype in zip(layers, dtypes, strict=True)]
+
+    before = results()
+    assert peftrt.fuse(model) == {"q_proj + k_proj + v_proj": reason}
+    with counted(monkeypatch) as calls:
+        after = results()
+    assert calls == [1, 1, 1]
+    for got, want in zip(after, before, strict=True):
+        assert_same_bits(got, want)
