@@ -17,7 +17,7 @@ from peftrt.adapters.state import (
     saved_modules,
     unwrap,
 )
-from peftrt.nn.adapter import as_weights, expect_rows_can_mix
+from peftrt.nn.adapter import as_weights
 from peftrt.nn.routing import routed
 
 
@@ -89,7 +89,7 @@ def rows(model: nn.Module, names: Sequence[str | None], expand: int = 1) -> Iter
         expand: how often each name counts, where the model repeats its batch (beams).
 
     Raises:
-        ValueError: an unknown name, a DoRA adapter's, no names, ``expand`` below 1, or adapters are merged; and when
+        ValueError: an unknown name, no names, ``expand`` below 1, or adapters are merged; and when
             the model is called, another number of entries.
         TypeError: ``names`` is a string.
     """
@@ -101,7 +101,6 @@ def rows(model: nn.Module, names: Sequence[str | None], expand: int = 1) -> Iter
     if isinstance(expand, bool) or not isinstance(expand, int) or expand < 1:
         raise ValueError(f"rows: expand must be an integer of at least 1, got {expand!r}")
     state.expect_known(names, "rows")
-    expect_rows_can_mix({name: state.configs[name].use_dora for name in names if name is not None})
     if state.merged is not None:
         raise ValueError(f"rows: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
     with routed(state, names, expand):

@@ -73,16 +73,6 @@ def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
     return weights
 
 
-def expect_rows_can_mix(use_dora: Mapping[str, bool]) -> None:
-    """Raise ValueError where one of the adapters, name -> whether it is DoRA's, cannot serve single rows of a batch."""
-    names = [name for name, dora in use_dora.items() if dora]
-    if names:
-        raise ValueError(
-            f"rows: {', '.join(map(repr, names))} of DoRA (use_dora) cannot serve single rows of a batch, since a "
-            "magnitude multiplies the base's share too; use set_active"
-        )
-
-
 def check_new(name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raise ValueError unless an adapter can be called and made so."""
     if not isinstance(name, str) or not name or "." in name or "@" in name:

@@ -13,8 +13,8 @@ from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import initialisation
 from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, as_weights, check_new, parameter_name, scaling_of
-from peftrt.nn.magnitude import RememberedScales
 from peftrt.nn.principal import PrincipalParts, Term, in_one
+from peftrt.nn.remembered import Remembered
 from peftrt.nn.routing import AdapterSet, current
 from peftrt.nn.rows import by_row
 
@@ -39,8 +39,9 @@ class AdapterLinear(PrincipalParts):
     ``lora_magnitude`` for the one called "default", ``lora_A@fr`` ... for one called "fr". Subclasses say where the
     base weight is: ``base_weight``.
 
-    In ``eval()`` without gradients c is remembered until W, A, B or m changes. A change through ``.data``, which torch
-    does not count, is seen after the next ``train()`` or ``eval()``.
+    In ``eval()`` without gradients c is remembered until W, A, B or m changes, and so are the adapters that the rows of
+    a batch had, stacked. A change through ``.data``, which torch does not count, is seen after the next ``train()`` or
+    ``eval()``.
     """
 
     # what an adapter's Parameters are called
@@ -59,7 +60,8 @@ class AdapterLinear(PrincipalParts):
         self._active: dict[str, float] = {}
         self._merged: dict[str, float] | None = None
         self._backup: dict[str, Tensor] = {}
-        self._scales = RememberedScales()
+        self._scales: Remembered[Tensor] = Remembered()
+        self._tables: Remembered[ops.AdapterTable] = Remembered()
         self.owner = AdapterSet()
         self._init_principal()
 
@@ -232,14 +234,18 @@ class AdapterLinear(PrincipalParts):
         return self.adapter(names[0]) if names else None
 
     def train(self, mode: bool = True) -> Self:
-        """As of ``nn.Module``; what DoRA remembers in ``eval()`` is computed again."""
-        self._scales.forget()
+        """As of ``nn.Module``; what is remembered in ``eval()`` is computed again."""
+        self._forget()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         # memory that is given up here may come back under the same address
-        self._scales.forget()
+        self._forget()
         return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._scales.forget()
+        self._tables.forget()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``; see :func:`peftrt.ops.lora_linear` and
@@ -287,10 +293,14 @@ class AdapterLinear(PrincipalParts):
         return whole + (change if row_scale is None else (change * row_scale).to(change.dtype))
 
     def _row_scale(self, terms: list[Term]) -> Tensor | None:
-        """c where a DoRA adapter is active, remembered in ``eval()`` without gradients; None where none is."""
+        """c where a DoRA adapter is active; None where none is."""
         # where one of DoRA's is active it is alone, and others need not pay for more than this look
         name = next(iter(self._active), None)
-        if name is None or parameter_name("lora_magnitude", name) not in self._parameters:
+        return None if name is None else self.row_scale(name, terms)
+
+    def row_scale(self, name: str, terms: list[Term]) -> Tensor | None:
+        """c of a DoRA adapter, whose terms these are, remembered in ``eval()`` without gradients; None for others."""
+        if parameter_name("lora_magnitude", name) not in self._parameters:
             return None
         adapter = self.adapter(name)
         magnitude = adapter.magnitude

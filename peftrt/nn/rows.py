@@ -9,7 +9,6 @@ from torch import Tensor
 
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn.adapter import expect_rows_can_mix
 from peftrt.nn.principal import Term, in_one
 from peftrt.nn.routing import Routing
 
@@ -21,38 +20,50 @@ def by_row(layer: AdapterLinear, x: Tensor, routing: Routing) -> Tensor:
     """``[batch, ..., K]`` to ``[batch, ..., N]``, each entry of the batch with the adapter that the routing names.
 
     Raises:
-        ValueError: adapters are merged into the base, one is DoRA's, or the batch has another length than the routing.
+        ValueError: adapters are merged into the base, or the batch has another length than the routing.
     """
     if layer.merged is not None:
         raise ValueError(f"rows: adapters {sorted(layer.merged)} are merged into the base; unmerge first")
     slots = routing.held(layer.adapter_names)
     slot_ids = routing.slot_ids(slots, x)
-    adapters = [layer.adapter(name) for name in slots]
-    expect_rows_can_mix({name: a.magnitude is not None for name, a in zip(slots, adapters, strict=True)})
-    dropouts = [adapter.lora_dropout if layer.training else 0.0 for adapter in adapters]
-    # What the base lacks for the rows of a slot, and what their adapter adds; the last are rows without an adapter,
-    # which id -1 finds.
+    # What the base lacks for the rows of a slot, and what their adapter adds; the last are rows without an adapter.
     lacking = [layer.principal_terms({name: 1.0} if name else {}) for name in (*slots, None)]
     adding = [*(layer.terms({name: 1.0}) for name in slots), []]
+    both = [[*terms, *rest] for terms, rest in zip(adding, lacking, strict=True)]
+    if not any(both):
+        return layer._base(x)
+    if lacking[-1]:
+        slot_ids = torch.where(slot_ids < 0, len(slots), slot_ids)
+    scales = [*(layer.row_scale(name, terms) for name, terms in zip(slots, both, strict=False)), None]
+    dropouts = [layer.adapter(name).lora_dropout if layer.training else 0.0 for name in slots]
     if not any(dropouts):
-        both = [[*terms, *rest] for terms, rest in zip(adding, lacking, strict=True)]
-        return _with_terms(layer, x, layer.base_weight(), both, slot_ids)
-    whole = _with_terms(layer, x, layer.base_weight(), lacking, slot_ids)
+        return _with_terms(layer, x, layer.base_weight(), both, scales, slot_ids)
+    whole = _with_terms(layer, x, layer.base_weight(), lacking, scales, slot_ids)
     drop = torch.tensor([*dropouts, 0.0], device=x.device)[slot_ids].view(*x.shape[:-1], 1)
     dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
-    return whole + _with_terms(layer, dropped.to(x.dtype), None, adding, slot_ids)
+    return whole + _with_terms(layer, dropped.to(x.dtype), None, adding, scales, slot_ids)
 
 
 def _with_terms(
-    layer: AdapterLinear, x: Tensor, weight: Tensor | NF4Weight | None, terms: list[list[Term]], slot_ids: Tensor
+    layer: AdapterLinear,
+    x: Tensor,
+    weight: Tensor | NF4Weight | None,
+    terms: list[list[Term]],
+    scales: list[Tensor | None],
+    slot_ids: Tensor,
 ) -> Tensor:
-    """The base's share, where a weight is given, and for every row the terms of its slot."""
-    filled = [slot for slot, entry in enumerate(terms) if entry]
-    if not filled:
-        return layer._base(x)
-    table = ops.AdapterTable.stack([in_one(terms[slot]) for slot in filled])
-    if filled != list(range(len(terms) - 1)):
-        place = {slot: i for i, slot in enumerate(filled)}
-        places = torch.tensor([place.get(slot, -1) for slot in range(len(terms))], dtype=torch.int32)
-        slot_ids = places.to(x.device)[slot_ids]
+    """The base's share, where a weight is given, and for every row the terms of its slot, times the slot's factors."""
+
+    def stack() -> ops.AdapterTable:
+        pairs = [in_one(entry) if entry else None for entry in terms]
+        slots = [ops.SlotAdapter((pair,), y_scale=c) for pair, c in zip(pairs, scales, strict=True)]
+        return ops.AdapterTable.stack(slots, splits=(layer.out_features,), k=layer.in_features)
+
+    halves = [half for entry in terms for term in entry for half in (term.lora_A, term.lora_B)]
+    tensors = [*halves, *(c for c in scales if c is not None)]
+    if layer.training or not tensors or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        table = stack()
+    else:
+        settings = tuple(tuple((term.scaling, term.lora_A.shape[0]) for term in entry) for entry in terms)
+        table = layer._tables.get("rows", tensors, (settings, tuple(c is None for c in scales)), stack)
     return ops.multi_lora_linear(x, weight, table, slot_ids, None if weight is None else layer.bias)

@@ -165,7 +165,7 @@ def test_export_over_nf4_is_of_the_sum(tmp_path: Path) -> None:
         peftrt.merge(model)
 
 
-def test_sums_and_rows_are_refused_by_name(tmp_path: Path) -> None:
+def test_sums_are_refused_by_name_and_rows_are_not(tmp_path: Path) -> None:
     model = dora("llama").eval()
     peftrt.adapt(model, config("llama", r=2, target_modules=TARGETS["llama"][:2]), name="de")
     peftrt.adapt(model, config("llama", r=2, target_modules=["gate_proj"]), name="it")
@@ -180,11 +180,13 @@ def test_sums_and_rows_are_refused_by_name(tmp_path: Path) -> None:
             with unchanged(model), pytest.raises(ValueError, match=r"'fr' of DoRA .* cannot be summed"):
                 call(model, names)
     assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match="rows: 'fr' of DoRA"), peftrt.rows(model, ["de", "fr", None]):
-        pass
-    with peftrt.rows(model, ["de", "it", None]):
-        logits(model)
     assert_same_bits(logits(model), expected)
+    names, ids = ["fr", "de", None, "it"], tokens(4)
+    with peftrt.rows(model, names):
+        mixed = logits(model, ids)
+    for i, name in enumerate(names):
+        peftrt.set_active(model, name)
+        assert (logits(model, ids)[i] - mixed[i]).abs().max() <= 2e-6
 
 
 def test_adapters_on_other_layers_go_together() -> None:

@@ -313,17 +313,53 @@ def test_a_sum_with_a_dora_adapter_is_refused_by_name(cls: Any, active: dict[str
     assert_close(layer(x), truth(layer, x))
 
 
-def test_rows_refuse_it_by_name() -> None:
-    layer = dora(QLoRALinear)
+@both
+@pytest.mark.parametrize("training", [False, True])
+def test_a_row_of_a_batch_equals_the_adapter_alone(cls: Any, training: bool) -> None:
+    """With LoRA and the bare base beside it; gradients of A, B, m and x too."""
+    layer = dora(cls).train(training)
     layer.add_adapter("fr", r=2, init=False)
-    x = randn(2, 3, K)
-    with (
-        pytest.raises(ValueError, match=r"rows: 'default' of DoRA .* cannot serve single rows"),
-        routed(layer.owner, ["fr", "default"]),
-    ):
-        layer(x)
-    with routed(layer.owner, ["fr", None]):
-        assert layer(x).shape == (2, 3, N)
+    layer.add_adapter("de", r=9, use_dora=True, init=False)
+    names = ["de", "fr", None, "default", "de"]
+    x, dy = randn(5, 3, K).requires_grad_(), randn(5, 3, N, seed=3)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    with routed(layer.owner, names):
+        y = layer(x)
+    rows = []
+    for i, name in enumerate(names):
+        layer.set_active(name)
+        rows.append(layer(x[i]))
+    expected = torch.stack(rows)
+    assert_close(y, expected)
+    grads, wanted = (torch.autograd.grad(t, leaves, dy) for t in (y, expected))
+    for leaf, grad, want in zip(leaves, grads, wanted, strict=True):
+        assert_close(grad, want, roundings=4, intermediate=leaf.detach().abs().max().item() + want.abs().max().item())
+
+
+def test_rows_remember_their_stack_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = dora(QLoRALinear).eval()
+    layer.add_adapter("fr", r=2, init=False)
+    x, stacked = randn(3, K), []
+    real = ops.AdapterTable.stack
+    monkeypatch.setattr(ops.AdapterTable, "stack", lambda *a, **o: stacked.append(1) or real(*a, **o))
+
+    def call(names: list[str | None]) -> Any:
+        with torch.no_grad(), routed(layer.owner, names):
+            return layer(x)
+
+    first = call(["fr", None, "default"])
+    assert_same_bits(call(["default", "fr", "fr"])[[0]], call(["default", None, "fr"])[[0]])
+    assert len(stacked) == 1
+    with torch.no_grad():
+        layer.adapter("fr").lora_B.mul_(2)
+    assert not torch.equal(call(["fr", None, "default"])[0], first[0])
+    assert len(stacked) == 2
+    call(["fr", None, None])
+    assert len(stacked) == 3
+    layer.train()
+    call(["fr", None, None])
+    call(["fr", None, None])
+    assert len(stacked) == 5
 
 
 def test_names_and_keys() -> None:
