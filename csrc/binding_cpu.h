@@ -11,51 +11,28 @@
 #include <optional>
 #include <vector>
 
+#include "binding.h"
 #include "cpu/kernels.h"
 #include "nf4.h"
 
 namespace {
 
 using peftrt::cpu::Dropout;
-using peftrt::cpu::Dtype;
 using peftrt::cpu::LowRank;
 using peftrt::cpu::Parallel;
 using peftrt::cpu::Weight;
 using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-void check(bool condition, const char* op, const char* argument, const char* expected) {
-  STD_TORCH_CHECK(condition, "peftrt_cpu::", op, ": ", argument, " must be ", expected);
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* op, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      check(false, op, argument, "float32, bfloat16 or float16");
-  }
-  return Dtype::kFloat32;
-}
+const char kLibrary[] = "peftrt_cpu::";
 
 void check_dense(const Tensor& tensor, const char* op, const char* argument) {
   check(tensor.is_cpu() && tensor.is_contiguous(), op, argument, "a contiguous CPU tensor");
 }
 
-void check_block_size(int64_t block_size, const char* op) {
-  check(block_size >= 32 && block_size <= 65536 && (block_size & (block_size - 1)) == 0, op, "block_size",
-        "a power of two from 32 to 65536");
-}
-
 const uint8_t* bytes_of(const Tensor& tensor, int64_t count, const char* op, const char* argument) {
   check_dense(tensor, op, argument);
   check(tensor.scalar_type() == ScalarType::Byte, op, argument, "uint8");
-  STD_TORCH_CHECK(tensor.numel() == count, "peftrt_cpu::", op, ": ", argument, " must have ", count, " bytes, got ",
+  STD_TORCH_CHECK(tensor.numel() == count, kLibrary, op, ": ", argument, " must have ", count, " bytes, got ",
                   tensor.numel());
   return static_cast<const uint8_t*>(tensor.const_data_ptr());
 }

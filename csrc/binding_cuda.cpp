@@ -17,38 +17,18 @@
 #include <string>
 #include <vector>
 
+#include "binding.h"
 #include "cuda/kernels.h"
 #include "nf4.h"
 
 namespace {
 
-using peftrt::cuda::Dtype;
 using peftrt::cuda::Linear;
 using peftrt::cuda::Scales;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-void check(bool condition, const char* op, const char* argument, const char* expected) {
-  STD_TORCH_CHECK(condition, "peftrt_cuda::", op, ": ", argument, " must be ", expected);
-}
+const char kLibrary[] = "peftrt_cuda::";
 
-void check_launch(const char* error, const char* op) {
-  STD_TORCH_CHECK(error == nullptr, "peftrt_cuda::", op, ": ", error);
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* op, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      check(false, op, argument, "float32, bfloat16 or float16");
-  }
-  return Dtype::kFloat32;
-}
+void check_launch(const char* error, const char* op) { STD_TORCH_CHECK(error == nullptr, kLibrary, op, ": ", error); }
 
 // Of a call: the device of its first tensor, which becomes the current one, and what is to lie on it.
 class Call {
@@ -79,7 +59,7 @@ class Call {
   // uint8 of `count` elements.
   Tensor bytes(const Tensor& tensor, int64_t count, const char* argument, size_t alignment = 1) const {
     check(tensor.scalar_type() == ScalarType::Byte, op_, argument, "uint8");
-    STD_TORCH_CHECK(tensor.numel() == count, "peftrt_cuda::", op_, ": ", argument, " must have ", count, " bytes, got ",
+    STD_TORCH_CHECK(tensor.numel() == count, kLibrary, op_, ": ", argument, " must have ", count, " bytes, got ",
                     tensor.numel());
     return dense(tensor, argument, alignment);
   }
@@ -92,7 +72,7 @@ class Call {
 
  private:
   static int32_t device_of(const char* op, const Tensor& first) {
-    STD_TORCH_CHECK(first.is_cuda(), "peftrt_cuda::", op, ": every tensor must be on one CUDA device");
+    STD_TORCH_CHECK(first.is_cuda(), kLibrary, op, ": every tensor must be on one CUDA device");
     return first.get_device_index();
   }
 
@@ -105,8 +85,7 @@ class Call {
 const uint8_t* pointer(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
 
 int shift_of(int64_t block_size, const char* op) {
-  check(block_size >= 32 && block_size <= 65536 && (block_size & (block_size - 1)) == 0, op, "block_size",
-        "a power of two from 32 to 65536");
+  check_block_size(block_size, op);
   return __builtin_ctz(unsigned(block_size));
 }
 

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace peftrt::cpu {
+#include "dtype.h"
 
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+namespace peftrt::cpu {
 
 // An NF4 weight [n, k] in bitsandbytes' layout (nf4.h). absmax: one byte a block when nested, else fp32 bytes.
 struct Weight {

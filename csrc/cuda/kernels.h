@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace peftrt::cuda {
+#include "dtype.h"
 
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+namespace peftrt::cuda {
 
 // An NF4 weight's scales, in bitsandbytes' layout (nf4.h); what holds fp32 is aligned to 4.
 struct Scales {

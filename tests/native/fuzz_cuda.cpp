@@ -27,6 +27,7 @@ namespace {
 
 namespace cpu = peftrt::cpu;
 namespace cuda = peftrt::cuda;
+using peftrt::Dtype;
 
 std::mt19937_64 generator;
 
@@ -54,25 +55,26 @@ class Bytes {
 };
 
 struct Case {
-  int dtype;  // of both enumerations
+  Dtype dtype;
   int64_t m, n, k;
   int shift;
   bool nested, bias;
   int64_t skip_codes, skip_floats;  // bytes, and elements, by which addresses are crooked
 };
 
-int64_t width(const Case& c) { return c.dtype == 0 ? 4 : 2; }
+int64_t width(const Case& c) { return c.dtype == Dtype::kFloat32 ? 4 : 2; }
 
 float read(const Case& c, const uint8_t* bytes, int64_t i) {
-  if (c.dtype == 0) return reinterpret_cast<const float*>(bytes)[i];
+  if (c.dtype == Dtype::kFloat32) return reinterpret_cast<const float*>(bytes)[i];
   const uint16_t bits = reinterpret_cast<const uint16_t*>(bytes)[i];
-  return c.dtype == 1 ? emulator::bf16_to_float(bits) : emulator::fp16_to_float(bits);
+  return c.dtype == Dtype::kBFloat16 ? emulator::bf16_to_float(bits) : emulator::fp16_to_float(bits);
 }
 
 void write(const Case& c, const Bytes& bytes, int64_t i, float value) {
-  if (c.dtype == 0) bytes.as<float>()[i] = value;
-  if (c.dtype != 0)
-    bytes.as<uint16_t>()[i] = c.dtype == 1 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
+  if (c.dtype == Dtype::kFloat32) bytes.as<float>()[i] = value;
+  if (c.dtype != Dtype::kFloat32)
+    bytes.as<uint16_t>()[i] =
+        c.dtype == Dtype::kBFloat16 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
 }
 
 float rounded(const Case& c, float value) {
@@ -86,8 +88,8 @@ float normal() { return std::normal_distribution<float>()(generator); }
 int fail(const char* what, const Case& c, int64_t i, double got, double want) {
   std::printf(
       "%s: dtype %d M %ld N %ld K %ld G %d nested %d bias %d skip %ld %ld on %d: element %ld is %.9g, not %.9g\n", what,
-      c.dtype, long(c.m), long(c.n), long(c.k), 1 << c.shift, c.nested, c.bias, long(c.skip_codes), long(c.skip_floats),
-      emulator::multiprocessors, long(i), got, want);
+      int(c.dtype), long(c.m), long(c.n), long(c.k), 1 << c.shift, c.nested, c.bias, long(c.skip_codes),
+      long(c.skip_floats), emulator::multiprocessors, long(i), got, want);
   return 1;
 }
 
@@ -115,7 +117,7 @@ struct Weight {
     return {absmax.get(), c.nested ? nested.get() : nullptr, offset.get(), c.shift};
   }
   // As the CPU decodes it.
-  void decode(const Case& c, cpu::Dtype dtype, void* out) const {
+  void decode(const Case& c, Dtype dtype, void* out) const {
     const cpu::Weight weight = {codes.get(), absmax.get(), c.nested ? nested.get() : nullptr, *offset.as<float>(), c.n,
                                 c.k,         1 << c.shift};
     cpu::kernels_for("portable")->nf4_dequantize(weight, dtype, out, kSerial);
@@ -152,9 +154,8 @@ int run_dequantize(const Case& c) {
   const bool wild = generator() % 4 == 0;
   if (wild) make_wild(c.nested ? weight.nested : weight.absmax);
   const Bytes want(numel * width(c)), got(numel * width(c), c.skip_floats * width(c));
-  weight.decode(c, cpu::Dtype(c.dtype), want.get());
-  const char* error =
-      cuda::nf4_dequantize(weight.codes.get(), weight.scales(c), numel, cuda::Dtype(c.dtype), got.get(), nullptr);
+  weight.decode(c, c.dtype, want.get());
+  const char* error = cuda::nf4_dequantize(weight.codes.get(), weight.scales(c), numel, c.dtype, got.get(), nullptr);
   if (failed("nf4_dequantize", error)) return 1;
   return wild ? compare_values("nf4_dequantize, wild", c, got, want) : compare_bytes("nf4_dequantize", c, got, want);
 }
@@ -173,11 +174,10 @@ int run_quantize(const Case& c) {
   const Bytes want_codes(codes.size()), want_absmax(absmax.size()), want_nested_codes(blocks), want_nested(4 * runs);
   *offset.as<float>() = 0.75f;
   const cpu::Kernels& kernels = *cpu::kernels_for("portable");
-  kernels.nf4_quantize(cpu::Dtype(c.dtype), numel, 1 << c.shift, weight.get(), want_codes.get(), want_absmax.get(),
-                       kSerial);
+  kernels.nf4_quantize(c.dtype, numel, 1 << c.shift, weight.get(), want_codes.get(), want_absmax.get(), kSerial);
   kernels.nf4_quantize_scales(blocks, want_absmax.get(), 0.75f, want_nested_codes.get(), want_nested.get(), kSerial);
-  if (failed("nf4_quantize", cuda::nf4_quantize(cuda::Dtype(c.dtype), weight.get(), numel, c.shift, codes.get(),
-                                                absmax.as<float>(), nullptr)) ||
+  if (failed("nf4_quantize",
+             cuda::nf4_quantize(c.dtype, weight.get(), numel, c.shift, codes.get(), absmax.as<float>(), nullptr)) ||
       failed("nf4_quantize_scales", cuda::nf4_quantize_scales(absmax.as<float>(), blocks, offset.as<float>(),
                                                               nested_codes.get(), nested.as<float>(), nullptr)))
     return 1;
@@ -207,7 +207,7 @@ struct Linear {
 
   // `rows` rows of x from `first` on, with a workspace of any content; twice where a graph would repeat the call.
   int run(int64_t first, int64_t rows, const Bytes& y, bool twice) const {
-    const cuda::Linear linear = {cuda::Dtype(c.dtype),
+    const cuda::Linear linear = {c.dtype,
                                  weight.codes.get(),
                                  weight.scales(c),
                                  x.get() + first * c.k * 2,
@@ -233,7 +233,7 @@ struct Linear {
 // What the kernel is to compute, but for the order and the rounding of its sums; and what it may miss that by.
 int check_linear(const Case& c, const Weight& weight, const Bytes& x, const Bytes& bias, const Bytes& y) {
   std::vector<float> exact(size_t(c.n * c.k)), terms(exact.size()), decoded(exact.size()), input(size_t(c.m * c.k));
-  weight.decode(c, cpu::Dtype::kFloat32, exact.data());
+  weight.decode(c, Dtype::kFloat32, exact.data());
   for (int64_t i = 0; i < c.n * c.k; ++i) {
     const float value = exact[size_t(i)], level = peftrt::kNf4[peftrt::nibble(weight.codes.get(), i)];
     decoded[size_t(i)] = rounded(c, value);
@@ -249,7 +249,7 @@ int check_linear(const Case& c, const Weight& weight, const Bytes& x, const Byte
       want += terms[size_t(n * c.k + k)] * factor, size += std::fabs(whole), truth += whole;
       usual += decoded[size_t(n * c.k + k)] * factor;
     }
-    const double got = read(c, y.get(), i), unit = c.dtype == 1 ? 0x1p-8 : 0x1p-11;
+    const double got = read(c, y.get(), i), unit = c.dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
     if (!(std::fabs(got - want) <= 1.02 * unit * std::fabs(want) + 1e-6 * size + 1e-7))
       return fail("nf4_linear", c, i, got, want);
     Errors& of = errors[is_wide(c)];
@@ -326,7 +326,7 @@ int run_seed(uint64_t seed) {
   emulator::random_order.seed(seed);
   emulator::multiprocessors = int(1 + generator() % 11);
   Case c = {};
-  c.dtype = int(generator() % 3);
+  c.dtype = Dtype(generator() % 3);
   c.n = pick({1, 3, 16, 40, 97});
   c.k = pick({1, 2, 33, 64, 127, 130, 521, 1000});
   c.shift = 5 + int(generator() % 8);
@@ -334,13 +334,13 @@ int run_seed(uint64_t seed) {
   c.skip_codes = generator() % 4 ? 0 : 1;
   c.skip_floats = generator() % 4 ? 0 : 1;
   if (run_dequantize(c) || run_quantize(c)) return 1;
-  c.dtype = 1 + int(generator() % 2);
+  c.dtype = Dtype(1 + generator() % 2);
   c.m = pick({1, 1, 2, 7, 8, 9, 16, 17, 32, 33, 64});
   c.n = c.m > 16 ? pick({1, 40, 129, 200}) : pick({1, 5, 127, 128, 129, 300, 385});
   c.k = c.m > 16 ? pick({31, 32, 96, 256, 320}) : pick({0, 1, 33, 64, 96, 160, 255, 256, 320, 512, 864, 1024});
   if (run_linear(c)) return 1;
   if (!cuda::kHasWarpgroups) return 0;
-  c.dtype = 1 + int(generator() % 2);
+  c.dtype = Dtype(1 + generator() % 2);
   c.m = pick({33, 48, 64, 65, 100, 128, 200, 512});
   // the more rows, the smaller the weight: every weight of a tile is a product of the emulator's
   c.n = c.m > 128 ? pick({1, 100, 129}) : pick({1, 40, 129, 192, 200, 300});

@@ -16,7 +16,7 @@
 
 namespace {
 
-using peftrt::cpu::Dtype;
+using peftrt::Dtype;
 using peftrt::cpu::Parallel;
 
 std::mt19937_64 generator;
