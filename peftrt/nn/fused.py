@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -152,13 +153,13 @@ def _follow(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _together(layers: Sequence[AdapterLinear]) -> Tensor | NF4Weight | None:
+    if why_apart(layers) is not None or _why_stored_apart(layers) is not None:
+        return None
     weights = [layer.base_weight() for layer in layers]
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
-    if len(dense) == len(weights):
+    if dense:
         return _follow(dense)
     nf4 = [weight for weight in weights if isinstance(weight, NF4Weight)]
-    if len(nf4) < len(weights) or len({(w.block_size, w.is_nested, w.dtype, w.shape[1]) for w in nf4}) > 1:
-        return None
     shape = (sum(w.shape[0] for w in nf4), nf4[0].shape[1])
     fields = [field for field in nf4[0].tensors() if field != "nested_offset"]
     found = {field: _follow([w.tensors()[field] for w in nf4]) for field in fields}
@@ -180,6 +181,22 @@ def why_apart(layers: Sequence[nn.Module]) -> str | None:
     return None
 
 
+def _why_stored_apart(layers: Sequence[AdapterLinear]) -> str | None:
+    """Why the weights, as they are stored, are not one when they lie one below the other."""
+    weights = [layer.base_weight() for layer in layers]
+    nf4 = [weight for weight in weights if isinstance(weight, NF4Weight)]
+    if 0 < len(nf4) < len(weights) or len({(w.block_size, w.is_nested, w.dtype) for w in nf4}) > 1:
+        return "their weights are of several forms"
+    if any(math.prod(w.shape) % _unit(w.block_size, w.is_nested) for w in nf4[:-1]):
+        return "a weight does not end with a whole block of scales"
+    return None
+
+
+def _unit(block_size: int, nested: bool) -> int:
+    """Weights after which the next one has scales of its own."""
+    return block_size * (NESTED_BLOCK_SIZE if nested else 1)
+
+
 @torch.no_grad()
 def quantize_together(weights: Sequence[Tensor], block_size: int, double_quant: bool) -> list[NF4Weight] | None:
     """NF4 weights that lie one below the other, quantised as one; None where their rows do not end with blocks.
@@ -187,7 +204,7 @@ def quantize_together(weights: Sequence[Tensor], block_size: int, double_quant: 
     A weight's scales are then nested with the others' mean as their offset, in place of its own; each is a weight of
     its own all the same.
     """
-    unit = block_size * (NESTED_BLOCK_SIZE if double_quant else 1)
+    unit = _unit(block_size, double_quant)
     if any(weight.numel() % unit or weight.shape[1] % block_size for weight in weights):
         return None
     whole = NF4Weight.quantize(torch.cat(list(weights)), block_size, double_quant)
@@ -211,7 +228,7 @@ def lay_together(layers: Sequence[AdapterLinear]) -> str | None:
         Why they stay apart, None where they do not: sizes that differ; NF4 weights whose scales are nested with several
         offsets, since each was quantised for itself; a weight that another module shares is not looked for.
     """
-    reason = why_apart(layers)
+    reason = why_apart(layers) or _why_stored_apart(layers)
     if reason is not None:
         return reason
     if _together(layers) is None:
@@ -226,8 +243,6 @@ def lay_together(layers: Sequence[AdapterLinear]) -> str | None:
             sizes = [p.shape[0] for p in old if p is not None]
             for layer, part in zip(layers, whole.split(sizes), strict=True):
                 layer._parameters[name] = nn.Parameter(part, requires_grad=False)
-        if _together(layers) is None:
-            return "their weights are of several forms"
     fused = Fused(layers)
     for layer in layers:
         layer.fused = fused
