@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Cell:
     dtype: of the activations, or of the decoded weight.
     bytes, flops: formulas over N, K, M, R and the dtype's size s: the traffic with main memory and the arithmetic
         that no implementation can avoid.
+    letters: what else they are over, by name.
     """
 
     op: str
@@ -34,6 +36,7 @@ class Cell:
     dtype: torch.dtype
     bytes: str
     flops: str
+    letters: tuple[tuple[str, int], ...] = ()
 
     @property
     def id(self) -> str:
@@ -43,16 +46,27 @@ class Cell:
 
     def evaluate(self, formula: str) -> float:
         """The value of one of the cell's formulas."""
-        letters = {"N": self.site.N, "K": self.site.K, "M": self.M, "R": RANK, "s": self.dtype.itemsize}
-        return eval(formula, {"__builtins__": {}}, letters)
+        return evaluate(formula, self.describe_size())
+
+    def describe_size(self) -> dict[str, Any]:
+        """What the formulas are over, as a result file holds it."""
+        size: dict[str, Any] = {"N": self.site.N, "K": self.site.K}
+        if self.M:
+            size["M"] = self.M
+        return size | dict(self.letters) | {"dtype": DTYPE_NAMES[self.dtype]}
 
     def describe(self) -> dict[str, Any]:
         """What a result file holds of the cell itself."""
-        size: dict[str, Any] = {"part": self.part, "N": self.site.N, "K": self.site.K}
-        if self.M:
-            size["M"] = self.M
-        return size | {
-            "dtype": DTYPE_NAMES[self.dtype],
+        return {
+            "part": self.part,
+            **self.describe_size(),
             "bytes": {"formula": self.bytes, "value": round(self.evaluate(self.bytes))},
             "flops": {"formula": self.flops, "value": round(self.evaluate(self.flops))},
         }
+
+
+def evaluate(formula: str, size: Mapping[str, Any]) -> float:
+    """The value of a formula over a cell's size, as :meth:`Cell.describe` has it."""
+    itemsize = next(dtype.itemsize for dtype, name in DTYPE_NAMES.items() if name == size["dtype"])
+    letters = {"M": 0, "R": RANK, **{name: value for name, value in size.items() if len(name) == 1}, "s": itemsize}
+    return eval(formula, {"__builtins__": {}}, letters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from bench.shapes import ENCODER, GPU_ROWS, GPU_SITES, LLAMA_8B, SMALLEST_SIDE, Site
@@ -14,18 +15,22 @@ FLOOR = "the floor"  # what the device's own ceilings allow for the cell's bytes
 @dataclass(frozen=True)
 class Mark:
     """``at_least`` times as fast as ``versus``, or a time of ``at_most`` times its plus ``plus_us`` microseconds; with
-    ``memory``, a peak of memory of ``at_most`` times its.
+    ``memory``, a peak of memory of ``at_most`` times its; with ``added``, that of what each takes beyond its own base.
 
-    Against ``FLOOR``, ``at_least`` is the share of its speed. ``rows`` are the values of M that it holds for; with
-    ``and_up`` the first of them and all above; empty for any. ``sites`` are the weights; None for all whose sides are
-    long enough. ``everywhere`` marks ask the same of every cell: they do not say which cells matter most.
+    Against ``FLOOR``, ``at_least`` is the share of its speed; it holds for floors of ``floor_us`` and more. Several
+    names in ``versus`` are the fastest of them. With ``plus_bytes``, a formula, the peer's time also has that of these
+    bytes at the measured bandwidth. With ``mean`` it is the geometric mean over the cells that is judged.
+
+    ``part`` may be a pattern. ``rows`` are the values of M that it holds for; with ``and_up`` the first of them and all
+    above; empty for any. ``sites`` are the weights; None for all whose sides are long enough. ``everywhere`` marks ask
+    the same of every cell: they do not say which cells matter most.
     """
 
     op: str
     part: str
     dtype: str
     rows: tuple[int, ...]
-    versus: str
+    versus: str | tuple[str, ...]
     at_least: float | None = None
     at_most: float | None = None
     plus_us: float = 0.0
@@ -33,10 +38,22 @@ class Mark:
     sites: tuple[Site, ...] | None = None
     everywhere: bool = False
     memory: bool = False
+    added: bool = False
+    plus_bytes: str = ""
+    mean: bool = False
+    floor_us: float = 0.0
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The contenders that it names."""
+        return (self.versus,) if isinstance(self.versus, str) else self.versus
 
     def covers(self, op: str, cell: Mapping[str, Any]) -> bool:
         """Whether the mark speaks of this cell."""
-        if (self.op, self.part, self.dtype) != (op, cell["part"], cell["dtype"]):
+        if (self.op, self.dtype) != (op, cell["dtype"]) or not fnmatchcase(cell["part"], self.part):
+            return False
+        # before a cell is measured its floor is not known
+        if cell.get("floor_ms", self.floor_us / 1e3) * 1e3 < self.floor_us:
             return False
         if self.sites is None and min(cell["N"], cell["K"]) < SMALLEST_SIDE:
             return False
@@ -54,13 +71,18 @@ class Mark:
         return f"{name}, {' '.join(map(str, self.sites or ()))}" if few else name
 
     def __str__(self) -> str:
+        peer = " / ".join(self.peers)
         if self.versus == FLOOR:
-            return f">= {self.at_least:.0%} of {FLOOR}"
+            return f">= {self.at_least:.0%} of {FLOOR}" + (f" from {self.floor_us:g} µs" if self.floor_us else "")
         if self.at_least is not None:
-            return f">= {self.at_least:g}x {self.versus}"
+            return f">= {self.at_least:g}x {peer}" + (" in the geometric mean" if self.mean else "")
         if self.memory:
-            return f"<= {self.at_most:g}x the memory of {self.versus}"
-        return f"<= {self.at_most:g}x {self.versus}" + (f" + {self.plus_us:g} µs" if self.plus_us else "")
+            return f"<= {self.at_most:g}x the memory of {peer}"
+        if self.added:
+            return f"<= {self.at_most:g}x what {peer} adds"
+        if self.plus_bytes:
+            return f"<= {self.at_most:g}x ({peer} + {self.plus_bytes} bytes)"
+        return f"<= {self.at_most:g}x {peer}" + (f" + {self.plus_us:g} µs" if self.plus_us else "")
 
 
 def _linear(part: str, dtype: str, M: int, bitsandbytes: float, dense: float) -> tuple[Mark, Mark]:
@@ -76,6 +98,34 @@ def _lora_overhead(dtype: str) -> Iterable[Mark]:
         yield Mark("lora_linear", f"{base}-forward", dtype, (512,), "base", at_most=1.05, plus_us=5, and_up=True)
         yield Mark("lora_linear", f"{base}-train", dtype, (), "base", at_most=1.1)
         yield Mark("lora_linear", f"{base}-dora", dtype, (), "lora", at_most=1.15)
+
+
+def _multi_lora_cpu() -> Iterable[Mark]:
+    """What it costs that the adapters differ, and what adapters cost at all."""
+    op = "multi_lora_linear"
+    for base, peer in (("nf4", "peft+bitsandbytes"), ("dense", "peft")):
+        for rank in (8, 16):
+            part = f"{base}-distinct-r{rank}-e64"
+            yield Mark(op, part, "fp32", (32,), "one adapter", at_most=1.25)
+            yield Mark(op, part, "fp32", (32,), peer, at_most=0.2, added=True)
+
+
+KERNELS = ("vllm", "sglang triton_v2", "sglang csgmv")
+
+
+def _multi_lora_gpu() -> Iterable[Mark]:
+    """Against the bare base, the servers' kernels, a loop and the memory. ``none`` is the adapters' share alone."""
+    op, adapters = "multi_lora_linear", "s*T*(N + K)"
+    yield Mark(op, "nf4-distinct-r16-e8", "bf16", (8,), "base", at_most=1.2, plus_bytes=adapters)
+    yield Mark(op, "dense-distinct-r16-e8", "bf16", (8,), "base", at_most=1.1, plus_bytes=adapters)
+    yield Mark(op, "nf4-distinct-r16-e8", "bf16", (8,), "bitsandbytes+vllm", at_least=3)
+    for slots in (64, 128):
+        yield Mark(op, f"none-distinct-r*-e{slots}", "bf16", (32, 128), "loop", at_least=10, sites=GPU_SITES)
+    on_all: dict[str, Any] = {"sites": GPU_SITES, "everywhere": True}
+    yield Mark(op, "none-*", "bf16", (), KERNELS, at_least=1.5, mean=True, **on_all)
+    for base in ("none", "dense"):
+        yield Mark(op, f"{base}-*", "bf16", (), KERNELS, at_least=0.95, **on_all)
+    yield Mark(op, "none-*", "bf16", (), FLOOR, at_least=0.65, floor_us=10, **on_all)
 
 
 CPU = (
@@ -95,6 +145,7 @@ CPU = (
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
+    *_multi_lora_cpu(),
 )
 
 
@@ -139,6 +190,7 @@ H200 = (
     Mark("lora_linear", "nf4-train", "bf16", (8192,), "peft+bitsandbytes", at_least=1.2),
     Mark("train_step", "llama-8b", "bf16", (), "peft+bitsandbytes", at_least=1.3, sites=(LLAMA_8B,)),
     Mark("train_step", "llama-8b", "bf16", (), "peft+bitsandbytes", at_most=0.9, sites=(LLAMA_8B,), memory=True),
+    *_multi_lora_gpu(),
     *GPU,
 )
 

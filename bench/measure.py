@@ -52,6 +52,7 @@ class Contender:
         backend: which of the package's backends serves the call, where that is known.
         captured: whether a GPU replays it from a graph.
         resident: bytes that it holds between calls. Where they are given, a call's peak is measured on top.
+        over: the contender whose work it does and more; what it takes beyond that one is stored too.
     """
 
     calls: tuple[Call, ...]
@@ -60,6 +61,7 @@ class Contender:
     backend: str | None = None
     captured: bool = True
     resident: int | None = None
+    over: str | None = None
 
 
 class WrongResultError(AssertionError):
@@ -204,7 +206,8 @@ def report(race: Race, found: Field, floor: float) -> dict[str, Any]:
     """What a result file holds of each contender; ``floor`` in seconds.
 
     ``ratio`` is the median over the rounds of a peer's time over peftrt's, ``ratio_min`` that of the two minima,
-    ``peak_ratio`` that of the peaks of memory.
+    ``peak_ratio`` that of the peaks of memory; ``added_ms`` is the median over the rounds of a contender's time less
+    that of the one it works over.
     """
     own = race.samples[OWN]
     entries: dict[str, Any] = {}
@@ -214,6 +217,10 @@ def report(race: Race, found: Field, floor: float) -> dict[str, Any]:
         backend = found.contenders[name].backend
         if backend is not None:
             entry["backend"] = backend
+        over = found.contenders[name].over
+        if over in race.samples:
+            beyond = statistics.median(time - less for time, less in zip(samples, race.samples[over], strict=True))
+            entry["over"], entry["added_ms"] = over, digits(beyond * 1e3)
         if name in race.notes:
             entry["note"] = race.notes[name]
         if name in race.peaks:

@@ -46,6 +46,8 @@ def _margins(known: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], fl
     worst: dict[tuple[str, str], float] = {}
     for verdict in judging.judge(known):
         key = verdict.op, verdict.cell_id
+        if verdict.mark.mean:
+            continue  # of no one cell
         failed = "failed" in known[verdict.op]["cells"][verdict.cell_id]
         margin = verdict.margin if verdict.margin is not None else (0.0 if failed else 1.0)
         worst[key] = min(margin, worst.get(key, margin))

@@ -11,6 +11,7 @@ from bench.results import OWN
 
 TITLE = "README.md"
 BUSY = 0.25  # load average a thread
+MOST_PANELS = 48  # in one picture
 
 
 def draw(folder: Path, plots: bool = True) -> str:
@@ -40,8 +41,14 @@ def _heading(folder: Path, found: Mapping[str, Any]) -> Iterable[str]:
         )
     yield ""
     yield "Medians in ms; in brackets how many times peftrt's time that is (median of the ratios of the rounds)."
+    if any("added_ms" in entry for cell in _cells(found) for entry in cell.get("contenders", {}).values()):
+        yield '"Adds": ms beyond its own base, which is a contender of its own (median of the differences).'
     if any(run["timer"] != "perf_counter" for run in runs.values()):
         yield 'GPU: replays of a captured graph; "launched": it could not be captured, so its launches are timed too.'
+
+
+def _cells(found: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    return (cell for content in found.values() for cell in content["cells"].values())
 
 
 def _platform(run: Mapping[str, Any]) -> str:
@@ -86,9 +93,9 @@ def _figure(entry: Mapping[str, Any] | None, tokens: int) -> str:
     ratio = f" ({entry['ratio']:.3g}x)" if "ratio" in entry else ""
     slow = " by the reference" if entry.get("backend") == "reference" else ""
     launched = " launched" if "note" in entry else ""
-    step = ""
+    step = f"; adds {entry['added_ms']:.4g}" if "added_ms" in entry else ""
     if "peak_mb" in entry:
-        step = f"; {1e3 * tokens / entry['ms']['p50']:,.0f} tokens/s, {entry['peak_mb']:,.0f} MB"
+        step += f"; {1e3 * tokens / entry['ms']['p50']:,.0f} tokens/s, {entry['peak_mb']:,.0f} MB"
     return f"{entry['ms']['p50']:.4g}{ratio}{slow}{launched}{step}"
 
 
@@ -111,7 +118,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]
 
 
 def plot(op: str, content: Mapping[str, Any], path: Path) -> bool:
-    """Times over M, one panel for each part, dtype and site. Returns whether there was something to draw."""
+    """Times over M, one panel for each part, dtype and site, as many as can be seen. Returns whether there was
+    something to draw.
+    """
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for cell in content["cells"].values():
         if "contenders" in cell and "M" in cell:
@@ -122,11 +131,12 @@ def plot(op: str, content: Mapping[str, Any], path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
+    shown = dict(list(panels.items())[:MOST_PANELS])
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (title, cells) in enumerate(panels.items(), start=1):
+    for place, (title, cells) in enumerate(shown.items(), start=1):
         axes = figure.add_subplot(lines, columns, place)
         for name in _contenders(cells):
             timed = [cell for cell in cells if "ms" in cell["contenders"].get(name, {})]
@@ -136,6 +146,6 @@ def plot(op: str, content: Mapping[str, Any], path: Path) -> bool:
         axes.loglog([c["M"] for c in cells], [c["floor_ms"] for c in cells], ":", color="gray", label="floor")
         axes.set(title=title, xlabel="M", ylabel="ms")
         axes.legend(fontsize="small")
-    figure.suptitle(op)
+    figure.suptitle(op if len(shown) == len(panels) else f"{op}: {len(shown)} of {len(panels)}")
     figure.savefig(path, dpi=110)
     return True

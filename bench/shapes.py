@@ -44,6 +44,13 @@ GPU_SITES = (
 GPU_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 GPU_LORA_ROWS = (1, 16, 512, 2048, 8192)
 
+# Batches of many adapters: slots of a table, ranks, and the ranks of a table that mixes them, slot after slot. Eight of
+# them, which divide every number of slots: adapters eight slots on have the same ranks.
+SLOTS = (8, 64, 128)
+RANKS = (8, 16, 64, 128)
+MIXED_RANKS = (8, 16, 32, 64, 128, 8, 16, 32)
+GPU_MULTI_ROWS = (1, 8, 32, 128, 2048)
+
 # Small enough that every cell takes well under a second: shows that the machinery works, and nothing about speed.
 QUICK_SITES = (Site(512, 1024),)
 QUICK_ROWS = (1, 16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -78,6 +78,22 @@ def lora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
     """``x W^T + s (x A^T) B^T`` in float64."""
     wide, A, B = (tensor.detach().double() for tensor in (x, lora_A, lora_B))
     return linear(x, weight) + scaling * (wide @ A.t() @ B.t())
+
+
+def multi_lora(
+    x: Tensor,
+    weight: Tensor | None,
+    adapters: Sequence[tuple[Tensor, Tensor, float]],
+    slot_ids: Sequence[int],
+) -> Tensor:
+    """``x_i W^T + s_e (x_i A_e^T) B_e^T`` in float64, e the row's id; -1 is ``x_i W^T``, and without W that is 0."""
+    wide = x.detach().double()
+    y = wide.new_zeros(x.shape[0], adapters[0][1].shape[0]) if weight is None else linear(x, weight)
+    for slot in sorted({*slot_ids} - {-1}):
+        A, B, scaling = adapters[slot]
+        rows = [i for i, of_row in enumerate(slot_ids) if of_row == slot]
+        y[rows] += scaling * (wide[rows] @ A.double().t() @ B.double().t())
+    return y
 
 
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

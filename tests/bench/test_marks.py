@@ -10,6 +10,7 @@ import pytest
 
 from bench import judging, marks, report
 from bench.bench_lora_linear import cells as lora_cells
+from bench.bench_multi_lora_linear import cells as multi_lora_cells
 from bench.bench_nf4_dequantize import cells as dequantize_cells
 from bench.bench_nf4_linear import cells as linear_cells
 from bench.bench_train_step import cells as step_cells
@@ -119,7 +120,91 @@ def test_a_share_of_the_floor_is_judged_without_a_peer() -> None:
     assert (peer.got, peer.margin) == ("skipped: not a contender", None)
 
 
-CELLS = (linear_cells, dequantize_cells, lora_cells, step_cells)
+def _multi(part: str, M: int, dtype: str = "bf16", **ratios: float) -> dict[str, Any]:
+    cell = _cell(part, M, 1.0, dtype=dtype, **ratios)
+    return {**cell, "T": 128, "Q": 128}
+
+
+def _verdict(found: dict[str, Any], words: str) -> judging.Verdict:
+    (verdict,) = (verdict for verdict in judging.judge(found) if str(verdict.mark) == words)
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "got", "words"),
+    [
+        (1.0, 6.0, "0.167x", "reached"),
+        (1.0, 4.0, "0.25x", "missed by 20 %"),
+        (-0.1, 4.0, "0x", "reached"),
+        (1.0, -0.1, "what the peer adds is too little to be seen", "not measured"),
+    ],
+)
+def test_what_is_added_to_a_base_is_judged_without_the_base(ours: float, theirs: float, got: str, words: str) -> None:
+    cell = _multi("dense-distinct-r16-e64", 32, "fp32", **{"peft": 1.5, "one adapter": 1.0})
+    cell["contenders"][OWN]["added_ms"], cell["contenders"]["peft"]["added_ms"] = ours, theirs
+    found = _results("multi_lora_linear", cell)
+    verdict = _verdict(found, "<= 0.2x what peft adds")
+    assert (verdict.got, str(verdict)) == (got, words)
+    assert str(_verdict(found, "<= 1.25x one adapter")) == "reached"
+    del cell["contenders"]["peft"]["added_ms"]
+    assert _verdict(found, "<= 0.2x what peft adds").got == "a base was not measured"
+
+
+def test_the_bytes_of_adapters_are_allowed_at_the_measured_bandwidth() -> None:
+    cell = _multi("dense-distinct-r16-e8", 8, base=0.8)
+    found = _results("multi_lora_linear", cell, H200)
+    # 2 * 128 * 8192 bytes at 10 GB/s
+    allowed = 1.1 * (0.8 + 2 * 128 * 8192 / 10e9 * 1e3)
+    verdict = _verdict(found, "<= 1.1x (base + s*T*(N + K) bytes)")
+    assert (verdict.margin, verdict.got) == (pytest.approx(allowed), "1.25x")
+
+
+def test_the_fastest_of_several_peers_counts() -> None:
+    cell = _multi("none-zipf-r64-e8", 32, **{"vllm": 3.0, "sglang csgmv": 0.9, "sglang triton_v2": 2.0})
+    found = _results("multi_lora_linear", cell, H200)
+    words = ">= 0.95x vllm / sglang triton_v2 / sglang csgmv"
+    assert (_verdict(found, words).got, str(_verdict(found, words))) == ("0.9x", "missed by 5.3 %")
+    cell["contenders"]["sglang csgmv"] = {"skipped": "not here"}
+    assert _verdict(found, words).got == "2x"
+    for name in ("vllm", "sglang triton_v2"):
+        cell["contenders"][name] = {"skipped": "nor this"}
+    assert (_verdict(found, words).got, _verdict(found, words).margin) == ("skipped: nor this", None)
+
+
+def test_a_geometric_mean_is_one_verdict_on_all_cells() -> None:
+    found = _results("multi_lora_linear", _multi("none-zipf-r64-e8", 32, vllm=1.0), H200)
+    more = {"second": _multi("none-uniform-r8-e8", 8, vllm=4.0), "third": _multi("none-uniform-r8-e64", 8)}
+    found["multi_lora_linear"]["cells"] |= {key: {"run": "r", "N": 1280, "K": 8192, **c} for key, c in more.items()}
+    words = ">= 1.5x vllm / sglang triton_v2 / sglang csgmv in the geometric mean"
+    verdict = _verdict(found, words)
+    assert (verdict.got, verdict.margin) == ("2x over 2 of 3 cells", pytest.approx(2 / 1.5))
+    (row,) = (row for row in judging.summary(marks.H200, found, "h200") if row[2] == words)
+    assert row[3:] == ["1 of 1", "all: 2x over 2 of 3 cells", "reached"]
+    found["multi_lora_linear"]["cells"] = {"third": found["multi_lora_linear"]["cells"]["third"]}
+    assert (_verdict(found, words).got, _verdict(found, words).margin) == ("skipped: not a contender", None)
+
+
+def test_the_report_shows_what_is_added_and_no_more_panels_than_can_be_seen(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "MOST_PANELS", 1)
+    found = _results("multi_lora_linear", _multi("dense-distinct-r16-e64", 32, "fp32", base=0.5))
+    content = found["multi_lora_linear"]
+    content["cells"]["the cell"]["contenders"][OWN]["added_ms"] = 0.5
+    content["cells"]["another"] = {**content["cells"]["the cell"], "part": "dense-zipf-r16-e64"}
+    (tmp_path / "multi_lora_linear.json").write_text(json.dumps(content))
+    text = report.draw(tmp_path)
+    assert "| 1; adds 0.5 |" in text
+    assert '"Adds": ms beyond its own base' in text
+    assert (tmp_path / "multi_lora_linear.png").stat().st_size > 1000
+
+
+def test_a_floor_that_is_passed_too_soon_is_not_judged() -> None:
+    for floor_ms, count in ((0.009, 0), (0.011, 1)):
+        found = _results("multi_lora_linear", {**_multi("none-zipf-r64-e8", 32), "floor_ms": floor_ms}, H200)
+        words = [str(verdict.mark) for verdict in judging.judge(found)]
+        assert words.count(">= 65% of the floor from 10 µs") == count
+
+
+CELLS = (linear_cells, dequantize_cells, lora_cells, step_cells, multi_lora_cells)
 
 
 def test_every_mark_speaks_of_a_cell_that_is_measured() -> None:

@@ -152,3 +152,14 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert entries["a"]["ratio_min"] == 2.0
     assert entries[OWN]["share_of_floor"] == 0.5
     assert entries["b"] == {"skipped": "absent"}
+
+
+def test_what_is_added_to_a_base_is_taken_round_by_round() -> None:
+    race, _ = _race({OWN: 3.0, "base": 1.0, "peer": 2.0}, measure.QUICK)
+    race.samples = {OWN: [3.0, 30.0, 5.0], "base": [1.0, 27.5, 2.0], "peer": [2.0, 2.0, 2.0]}
+    over = {OWN: "base", "base": None, "peer": "an absent one"}
+    contenders = {name: Contender((), (), 0.0, over=base) for name, base in over.items()}
+    found = measure.Field(contenders, dict.fromkeys(over, 0.0))
+    entries = measure.report(race, found, 1.0)
+    assert (entries[OWN]["over"], entries[OWN]["added_ms"]) == ("base", 2500.0)
+    assert not {"over", "added_ms"} & ({*entries["base"]} | {*entries["peer"]})

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bench import judging, marks, order
+from bench.bench_multi_lora_linear import cells as multi_lora_cells
 from bench.bench_nf4_dequantize import cells as dequantize_cells
 from bench.bench_nf4_linear import cells as linear_cells
 from bench.cells import Cell
@@ -57,6 +58,15 @@ def test_what_was_missed_before_comes_first() -> None:
     assert ids[0] == failed
     of_m64 = [key for key in ids if key.startswith("forward") and key.endswith("-M64")]
     assert of_m64.index(failed) < of_m64.index(missed) < of_m64.index(reached)
+
+
+def test_a_mean_over_cells_is_no_cells_miss() -> None:
+    (cell,) = (cell for cell in multi_lora_cells("cuda", quick=False) if cell.id == "none-zipf-r8-e8-bf16-4096x4096-M8")
+    contenders: dict[str, Any] = {OWN: {"ms": {"p50": 1.0}, "share_of_floor": 0.5}, "vllm": {"ratio": 1.2}}
+    run = {"timer": "cuda graph", "device": "NVIDIA H200", "ceilings": {"copy_gb_s": 4000.0}}
+    content = {"runs": {"r": run}, "cells": {cell.id: {"run": "r", **cell.describe(), "contenders": contenders}}}
+    assert "missed by 20 %" in {str(verdict) for verdict in judging.judge({cell.op: content})}
+    assert order.by_marks([cell], marks.H200, {cell.op: content}) == [cell]
 
 
 def test_quick_cells_are_not_named() -> None:
