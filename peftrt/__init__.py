@@ -7,7 +7,7 @@ from pathlib import Path
 if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from peftrt import nn, ops, optim
+from peftrt import nn, ops, optim, serving
 from peftrt.adapters import (
     AdaptReport,
     LoraConfig,
@@ -57,6 +57,7 @@ __all__ = [
     "remove",
     "rows",
     "save",
+    "serving",
     "set_active",
     "unmerge",
 ]

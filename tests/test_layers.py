@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"nn", "ops", "formats"},
     "optim": {"optim", "ops", "formats"},
     "adapters": {"adapters", "nn", "ops", "formats"},
-    "serving": {"serving", "nn", "ops", "formats"},
+    "serving": {"serving", "adapters", "nn", "ops", "formats"},
     "continual": {"continual", "nn", "ops", "formats"},
     "_build": set(),
     # the public names, gathered

@@ -94,17 +94,22 @@ def rows(model: nn.Module, names: Sequence[str | None], expand: int = 1) -> Iter
         TypeError: ``names`` is a string.
     """
     state = expect_state(model, "rows")
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"rows: names must be a list with one adapter's name or None an entry, got {names!r}")
-    if not names:
-        raise ValueError("rows: names must hold one adapter's name or None for each entry of the batch, got none")
-    if isinstance(expand, bool) or not isinstance(expand, int) or expand < 1:
-        raise ValueError(f"rows: expand must be an integer of at least 1, got {expand!r}")
+    check_rows("rows", names, expand)
     state.expect_known(names, "rows")
     if state.merged is not None:
         raise ValueError(f"rows: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
     with routed(state, names, expand):
         yield
+
+
+def check_rows(where: str, names: Sequence[str | None], expand: int) -> None:
+    """Raise TypeError or ValueError unless these can be the names of a batch's entries; they need not be known."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{where}: names must be a list with one adapter's name or None an entry, got {names!r}")
+    if not names:
+        raise ValueError(f"{where}: names must hold one adapter's name or None for each entry of the batch, got none")
+    if isinstance(expand, bool) or not isinstance(expand, int) or expand < 1:
+        raise ValueError(f"{where}: expand must be an integer of at least 1, got {expand!r}")
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 from peftrt.adapters.activation import activate, detach
 from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dense
 from peftrt.adapters.configs import LoraConfig
-from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
-from peftrt.adapters.match import matches
-from peftrt.adapters.plan import Plan, cannot_adapt, is_embedding, is_linear, output_head, sizes
-from peftrt.adapters.saved import SavedModule, check_tensors
+from peftrt.adapters.plan import is_embedding
+from peftrt.adapters.reading import read_adapter, warn_of_differences
 from peftrt.adapters.state import (
     ModelAdapters,
     adapter_layers,
@@ -29,10 +26,9 @@ from peftrt.adapters.state import (
     saved_modules,
     unwrap,
 )
-from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.nf4 import FLOAT_DTYPES
-from peftrt.formats.peft_dir import CONFIG_NAME, find_peft_dir, join_key, read_peft_dir, write_peft_dir
-from peftrt.nn import AdapterLinear, NF4Linear
+from peftrt.formats.peft_dir import join_key, write_peft_dir
+from peftrt.nn import AdapterLinear
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -147,17 +143,9 @@ def load(
     if state.merged is not None:
         raise ValueError(f"load: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
     expect_data(model, "load")
-    directory = _directory(path, name, subfolder)
-    values, tensors = read_peft_dir(directory, name="default", allow_nonfinite=allow_nonfinite)
-    source = os.path.join(directory, CONFIG_NAME)
-    config = LoraConfig.from_peft_dict(values, source)
-    parts = validate_lora_tensors(config, tensors, directory)
-    plan = _fit(model, config, state, parts, directory)
-    _compare_base(model, config, source)
-    _compare_tensors(model, parts, directory)
-    if config.init_lora_weights == "loftq":
-        told = "it began with LoftQ and belongs to the NF4 base that was made with it: over another it means less"
-        warnings.warn(f"{source}: {told}", UserWarning, stacklevel=2)
+    found = read_adapter(model, state, path, name, subfolder=subfolder, allow_nonfinite=allow_nonfinite)
+    config, plan = found.config, found.plan
+    warn_of_differences(model, found, stacklevel=3)
     with all_or_nothing(model):
         active = dict(state.active)
         first = not state.configs
@@ -166,7 +154,7 @@ def load(
         wrap_dense(model, plan, state)
         if state.storage is None:
             state.storage = {"quantize": None}
-        attach_adapter(model, state, name, config, plan, adapter_dtype=adapter_dtype, tensors=parts)
+        attach_adapter(model, state, name, config, plan, adapter_dtype=adapter_dtype, tensors=found.parts)
         mine = adapter_parameters(model, name, plan)
         if first:
             model.requires_grad_(False)
@@ -184,95 +172,3 @@ def _the_one(state: ModelAdapters, name: str | None, where: str) -> str:
         return candidates[0]
     state.expect_known([name], where)
     return name
-
-
-def _directory(path: str | os.PathLike[str], name: str, subfolder: str | None) -> str:
-    if subfolder is not None:
-        return find_peft_dir(path, name=subfolder)
-    try:
-        return find_peft_dir(path)
-    except MissingFileError:
-        raise
-    except FormatError:
-        # several subfolders: the one that is called like the adapter
-        if os.path.isdir(path) and os.path.lexists(os.path.join(path, name, CONFIG_NAME)):
-            return find_peft_dir(path, name=name)
-        raise
-
-
-def _fit(model: nn.Module, config: LoraConfig, state: ModelAdapters, parts: LoraState, source: str) -> Plan:
-    """The modules that the tensors belong to, every shape compared."""
-    plan, modules = Plan(), {}
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if not (inside and path.startswith(inside)):
-            modules[path] = module
-        if isinstance(module, SavedModule):
-            inside = (*inside, path + ".")
-    for path, (lora_A, lora_B) in parts.pairs.items():
-        module = _expect_module(modules, path, source)
-        reason = cannot_adapt(module, state)
-        if reason is not None:
-            raise FormatError(f"{source}: module {path!a} cannot be adapted: {reason}")
-        if is_embedding(module) != (path in parts.embeddings):
-            kind = "an embedding" if path in parts.embeddings else "a linear layer"
-            found = "an embedding" if is_embedding(module) else type(module).__name__
-            raise FormatError(f"{source}: module {path!a}: the tensors are of {kind}, the module is {found}")
-        n, k = sizes(module)
-        if (lora_B.shape[0], lora_A.shape[1]) != (n, k):
-            raise FormatError(
-                f"{source}: module {path!a}: lora_A is {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, for "
-                f"a weight of [{lora_B.shape[0]}, {lora_A.shape[1]}]; the model's is [{n}, {k}]"
-            )
-        (plan.existing if isinstance(module, AdapterLinear) else plan.new).append(path)
-    head = output_head(model, config)
-    for path, module in modules.items():
-        named = is_linear(module) or (is_embedding(module) and not config.targets_all_linear)
-        if not path or path in parts.pairs or not named or (config.targets_all_linear and module is head):
-            continue
-        if matches(path, config):
-            raise FormatError(f"{source}: no tensors for {path!a}, which target_modules names: made for another base?")
-    for path, tensors in parts.saved.items():
-        module = _expect_module(modules, path, source)
-        if isinstance(module, AdapterLinear):
-            raise FormatError(f"{source}: module {path!a} is saved whole, but the model's holds LoRA adapters")
-        base = module.base if isinstance(module, SavedModule) else module
-        try:
-            check_tensors(base, tensors)
-        except ValueError as error:
-            raise FormatError(f"{source}: module {path!a} of modules_to_save: {error}") from None
-        plan.saved.append(path)
-    return plan
-
-
-def _expect_module(modules: Mapping[str, nn.Module], path: str, source: str) -> nn.Module:
-    if path not in modules:
-        raise FormatError(f"{source}: the model has no module {path!a}: made for another base?")
-    return modules[path]
-
-
-def _compare_base(model: nn.Module, config: LoraConfig, source: str) -> None:
-    here, there = base_model_name(model), config.base_model_name_or_path
-    if here and there and here.rstrip("/") != there.rstrip("/"):
-        warnings.warn(f"{source}: made for the base {there!a}, the model is {here!a}", UserWarning, stacklevel=3)
-
-
-def _compare_tensors(model: nn.Module, parts: LoraState, source: str) -> None:
-    """peft writes the tensors of adapted embeddings and heads along, and would load them over the model's."""
-    for path, tensors in parts.bases.items():
-        module = model.get_submodule(path)
-        if isinstance(module, NF4Linear) or (isinstance(module, AdapterLinear) and not module.is_bare({})):
-            continue  # stored in another form
-        for name, theirs in tensors.items():
-            ours = getattr(module, name, None)
-            if not isinstance(ours, Tensor) or not _same(ours.detach(), theirs):
-                told = f"another {path}.{name} than the model's, which is kept: the adapter was trained over the other"
-                warnings.warn(f"{source}: holds {told}", UserWarning, stacklevel=3)
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal once both are rounded to the dtype of either."""
-    if ours.shape != theirs.shape:
-        return False
-    theirs = theirs.to(ours.device)
-    return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))

@@ -49,11 +49,11 @@ def check_adapter_name(name: str, existing: Iterable[str] = ()) -> str:
         raise AdapterNameError(
             f"adapter name {_show(name)} is an attribute of torch's module containers; choose another"
         )
-    folded = _fold(name)
+    folded = fold_name(name)
     for other in existing:
         if other == name:
             raise AdapterNameError(f"adapter name {_show(name)} is already in use")
-        if _fold(other) == folded:
+        if fold_name(other) == folded:
             raise AdapterNameError(
                 f"adapter name {_show(name)} differs from {_show(other)}, which is in use, only by case or Unicode form"
             )
@@ -109,7 +109,8 @@ def _check_characters(text: str, what: str) -> None:
             raise AdapterNameError(f"{what} {_show(text)} must not contain U+{ord(char):04X} ({kind})")
 
 
-def _fold(name: str) -> str:
+def fold_name(name: str) -> str:
+    """What names have in common that differ only by case or Unicode form: two such cannot be used side by side."""
     # Case folding can undo a normal form, so the name is normalised again after it.
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 

@@ -26,6 +26,10 @@ _MAX_ENDED_THREADS = 64
 Names = tuple[str | None, ...]
 
 
+class ForwardOnly(tuple[str | None, ...]):
+    """Names of a block whose layers cannot be run again."""
+
+
 class Span:
     """The autograd nodes ``first <= number < end`` of a thread were made under ``names``; in the block, end is None."""
 

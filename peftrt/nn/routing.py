@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftrt.nn import recompute
+
+if TYPE_CHECKING:
+    from peftrt.nn.adapter_linear import AdapterLinear
+    from peftrt.ops import AdapterTable
 
 
 class AdapterSet:
@@ -31,7 +35,24 @@ class Routing:
         self.names = tuple(name for name in names for _ in range(expand))
         # the backward it was made in: a checkpointed region may hold a block of its own
         self.made_in = recompute.backward_number()
-        self._slot_ids: dict[tuple[tuple[str, ...], int, torch.device], Tensor] = {}
+        self._per_row: dict[tuple[Any, int, torch.device], Tensor] = {}
+
+    @property
+    def remembered(self) -> recompute.Names:
+        """What the backward is told of the block, for layers that checkpointing runs again."""
+        return self.names
+
+    def table(self, layer: AdapterLinear) -> AdapterTable | None:
+        """The table that serves the layer, with ids as of ``table_ids``; None: the layer's own adapters are stacked."""
+        return None
+
+    def table_ids(self, x: Tensor) -> Tensor:
+        """int32 [M], the slot of each row of ``x [batch, ..., K]`` in the tables of ``table``; -1: the base.
+
+        Raises:
+            ValueError: the leading dimension of x is not the number of names.
+        """
+        raise NotImplementedError
 
     def held(self, candidates: Sequence[str]) -> tuple[str, ...]:
         """Those of ``candidates`` that serve an entry of the batch: the slots of a site, in order."""
@@ -44,6 +65,15 @@ class Routing:
         Raises:
             ValueError: the leading dimension of x is not the number of names.
         """
+
+        def ids() -> list[int]:
+            slot_of = {name: slot for slot, name in enumerate(slots)}
+            return [-1 if name is None else slot_of.get(name, -1) for name in self.names]
+
+        return self._ids_per_row(slots, ids, x)
+
+    def _ids_per_row(self, key: Any, ids: Callable[[], list[int]], x: Tensor) -> Tensor:
+        """The entries' ids, once for each row of theirs: one copy to the device for each key and length."""
         if x.dim() < 2 or x.shape[0] != len(self.names):
             shape = list(x.shape)
             raise ValueError(
@@ -51,12 +81,10 @@ class Routing:
                 "one name an entry is needed (expand=n repeats each for beams)"
             )
         repeat = x.shape[1:-1].numel()
-        key = (slots, repeat, x.device)
-        if key not in self._slot_ids:
-            slot_of = {name: slot for slot, name in enumerate(slots)}
-            ids = [-1 if name is None else slot_of.get(name, -1) for name in self.names]
-            self._slot_ids[key] = torch.tensor(ids, dtype=torch.int32).repeat_interleave(repeat).to(x.device)
-        return self._slot_ids[key]
+        place = (key, repeat, x.device)
+        if place not in self._per_row:
+            self._per_row[place] = torch.tensor(ids(), dtype=torch.int32).repeat_interleave(repeat).to(x.device)
+        return self._per_row[place]
 
 
 _routings: ContextVar[dict[int, Routing] | None] = ContextVar("peftrt_routings", default=None)
@@ -81,16 +109,25 @@ def _in_backward(owner: AdapterSet) -> Routing | None:
     if opened is not None and opened.made_in == recompute.backward_number():
         return opened
     names = recompute.recall(owner)
+    if isinstance(names, recompute.ForwardOnly):
+        raise RuntimeError(
+            "a checkpointed layer runs again in the backward of a pool's batch, whose adapters may be gone: "
+            "a pool serves; call the model under torch.no_grad(), or train with peftrt.rows"
+        )
     return None if names is None else Routing(names)
 
 
-@contextmanager
-def routed(owner: AdapterSet, names: Sequence[str | None], expand: int = 1) -> Iterator[Routing]:
+def routed(owner: AdapterSet, names: Sequence[str | None], expand: int = 1) -> AbstractContextManager[Routing]:
     """Run the owner's layers with one adapter (or None) an entry of the batch, in this thread, until the block ends."""
-    routing = Routing(names, expand)
+    return opened(owner, Routing(names, expand))
+
+
+@contextmanager
+def opened(owner: AdapterSet, routing: Routing) -> Iterator[Routing]:
+    """Run the owner's layers under a routing, in this thread, until the block ends."""
     token = _routings.set({**(_routings.get() or {}), id(owner): routing})
     _open[id(routing)] = routing
-    span = recompute.begin(owner, routing.names)
+    span = recompute.begin(owner, routing.remembered)
     try:
         yield routing
     finally:

@@ -24,6 +24,9 @@ def by_row(layer: AdapterLinear, x: Tensor, routing: Routing) -> Tensor:
     """
     if layer.merged is not None:
         raise ValueError(f"rows: adapters {sorted(layer.merged)} are merged into the base; unmerge first")
+    table = routing.table(layer)
+    if table is not None:
+        return ops.multi_lora_linear(x, layer.base_weight(), table, routing.table_ids(x), layer.bias)
     slots = routing.held(layer.adapter_names)
     slot_ids = routing.slot_ids(slots, x)
     # What the base lacks for the rows of a slot, and what their adapter adds; the last are rows without an adapter.

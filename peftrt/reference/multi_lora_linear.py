@@ -89,9 +89,10 @@ def forward(x: Tensor, *rest: Any) -> Tensor:
     x = scaled(x, row_vectors(vectors, starts, X_SCALE, slot_ids, k, 1.0))
     wide = x.reshape(-1, k).to(dtype)
     y = wide.new_zeros(wide.shape[0], n) if weight[0] is None else wide @ dense_weight(x.dtype, *weight).t()
-    values = pairs[0].to(dtype)
+    values = pairs[0]
     for pair in _in_use(Pairs(*pairs), k, splits, slot_ids):
-        A, B = values[pair.in_A].view(pair.rank, k), values[pair.in_B].view(pair.rank, -1)
+        # widened here: the whole may be a slab of gigabytes
+        A, B = (values[at].to(dtype).view(pair.rank, -1) for at in (pair.in_A, pair.in_B))
         y[pair.rows, pair.outputs] += pair.scale * (wide[pair.rows] @ A.t() @ B)
     c = row_vectors(vectors, starts, Y_SCALE, slot_ids, n, 1.0)
     own_bias = row_vectors(vectors, starts, BIAS, slot_ids, n, 0.0)
@@ -109,12 +110,13 @@ def backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     n, k = weight[4], weight[5]
     dtype = accumulator(x.dtype)
     wide, dz_wide = x.reshape(-1, k).to(dtype), dz.reshape(-1, n).to(dtype)
-    values = pairs[0].to(dtype)
-    dx, dvalues = wide.new_zeros(wide.shape), torch.zeros_like(values)
+    values = pairs[0]
+    dx, dvalues = wide.new_zeros(wide.shape), torch.zeros(values.shape, dtype=dtype, device=values.device)
     if needs_dx and weight[0] is not None:
         dx += dz_wide @ dense_weight(x.dtype, *weight)
     for pair in _in_use(Pairs(*pairs), k, splits, slot_ids):
-        A, B = values[pair.in_A].view(pair.rank, k), values[pair.in_B].view(pair.rank, -1)
+        # widened here: the whole may be a slab of gigabytes
+        A, B = (values[at].to(dtype).view(pair.rank, -1) for at in (pair.in_A, pair.in_B))
         rows, outputs = wide[pair.rows], dz_wide[pair.rows, pair.outputs]
         g = pair.scale * (outputs @ B.t())
         dx[pair.rows] += g @ A
