@@ -1,0 +1,47 @@
+"""The README's serving example runs as it stands, on a model of small sizes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peftrt
+from tests.adapters.tiny import build, config, tokens
+
+README = Path(__file__).parent.parent / "README.md"
+RANKS = {"rank8": 8, "rank16": 16, "rank64": 64, "rank256": 256}
+
+
+def block(mark: str) -> str:
+    """The one Python block that holds ``mark``."""
+    (found,) = [code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if mark in code]
+    return found
+
+
+def test_the_serving_example_serves_each_row_its_own_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, (folder, rank) in enumerate(RANKS.items()):
+        torch.manual_seed(seed)
+        model = build("llama")
+        peftrt.adapt(model, config("llama", r=rank, lora_alpha=6 * rank), name=folder)
+        peftrt.save(model, Path("adapters") / folder)
+    served: Any = build("llama")
+    prompts = {"input_ids": tokens(4), "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    names: dict[str, Any] = {"peftrt": peftrt, "model": served, "prompts_of_four": prompts}
+    # a pool on a CPU takes its budget from RAM
+    exec(block("AdapterPool").replace('"2GiB"', '"8MiB"').replace('"16GiB"', '"8MiB"'), names)
+    assert "adapters_known: 2\n" in capsys.readouterr().out
+    for i, folder in enumerate(("rank8", "rank256", None, "rank64")):
+        alone: Any = build("llama")
+        if folder is not None:
+            peftrt.load(alone, Path("adapters") / folder, name=folder)
+            peftrt.set_active(alone, folder)
+        one = alone.generate(**{**prompts, "input_ids": tokens(4)[i : i + 1]})
+        assert names["tokens"][i].tolist() == one[0].tolist(), folder
+    assert len({tuple(row.tolist()) for row in names["tokens"]}) == 4
