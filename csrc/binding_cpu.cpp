@@ -12,7 +12,6 @@
 
 namespace {
 
-using peftrt::cpu::Base;
 using peftrt::cpu::LowRankGradient;
 
 void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -50,59 +49,65 @@ void nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor codes, Tensor nest
                                              parallel(4 * blocks));
 }
 
-void linear(const char* op, const Tensor& x, const Tensor& codes, const Tensor& absmax,
+void linear(const char* op, const Tensor& x, const Tensor& codes, const std::optional<Tensor>& absmax,
             const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset, int64_t block_size,
-            const std::optional<Tensor>& bias, const LowRank* adapter, const Tensor& out) {
+            const std::optional<Tensor>& bias, const LowRank* adapter, bool invariant, const Tensor& out) {
   const Product product = check_product(op, "x", x, out);
   const int64_t n = out.size(-1), k = x.size(-1);
-  const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
+  const BaseOf base(op, codes, absmax, nested_absmax, nested_offset, n, k, block_size, x);
   check_bias(op, bias, n, x);
   const int64_t adapted = adapter == nullptr ? 0 : n * adapter->rank + k * adapter->width();
-  const int64_t work = (4 + product.rows) * n * k + product.rows * adapted;
-  peftrt::cpu::kernels().nf4_linear(weight, product.dtype, product.rows, x.const_data_ptr(),
-                                    bias ? bias->const_data_ptr() : nullptr, adapter, out.mutable_data_ptr(),
-                                    parallel(work));
+  const int64_t work = base.work(product.rows) + product.rows * adapted;
+  peftrt::cpu::kernels().linear(*base.get(), product.dtype, product.rows, x.const_data_ptr(),
+                                bias ? bias->const_data_ptr() : nullptr, adapter, invariant, out.mutable_data_ptr(),
+                                parallel(work));
 }
 
 void nf4_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                    std::optional<Tensor> nested_offset, int64_t block_size, std::optional<Tensor> bias, Tensor out) {
-  linear("nf4_linear", x, codes, absmax, nested_absmax, nested_offset, block_size, bias, nullptr, out);
+                    std::optional<Tensor> nested_offset, int64_t block_size, std::optional<Tensor> bias, Tensor out,
+                    bool invariant) {
+  check_product("nf4_linear", "x", x, out);
+  weight_of("nf4_linear", codes, absmax, nested_absmax, nested_offset, block_size, out.size(-1), x.size(-1));
+  linear("nf4_linear", x, codes, absmax, nested_absmax, nested_offset, block_size, bias, nullptr, invariant, out);
 }
 
-void linear_dx(const char* op, const Tensor& dy, const Tensor& codes, const Tensor& absmax,
+void linear_dx(const char* op, const Tensor& dy, const Tensor& codes, const std::optional<Tensor>& absmax,
                const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset,
-               int64_t block_size, const LowRankGradient* adapter, const Tensor& out) {
+               int64_t block_size, const LowRankGradient* adapter, bool invariant, const Tensor& out) {
   const Product product = check_product(op, "dy", dy, out);
   const int64_t n = dy.size(-1), k = out.size(-1);
-  const Weight weight = weight_of(op, codes, absmax, nested_absmax, nested_offset, block_size, n, k);
+  const BaseOf base(op, codes, absmax, nested_absmax, nested_offset, n, k, block_size, dy);
   const int64_t rank = adapter == nullptr ? 0 : adapter->rank;
-  const int64_t work = (4 + product.rows) * n * k + product.rows * k * rank;
-  peftrt::cpu::kernels().nf4_linear_dx(weight, product.dtype, product.rows, dy.const_data_ptr(), adapter,
-                                       out.mutable_data_ptr(), parallel(work));
+  const int64_t work = base.work(product.rows) + product.rows * k * rank;
+  peftrt::cpu::kernels().linear_dx(*base.get(), product.dtype, product.rows, dy.const_data_ptr(), adapter, invariant,
+                                   out.mutable_data_ptr(), parallel(work));
 }
 
 void nf4_linear_dx_out(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                       std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
-  linear_dx("nf4_linear_dx", dy, codes, absmax, nested_absmax, nested_offset, block_size, nullptr, out);
+                       std::optional<Tensor> nested_offset, int64_t block_size, Tensor out, bool invariant) {
+  check_product("nf4_linear_dx", "dy", dy, out);
+  weight_of("nf4_linear_dx", codes, absmax, nested_absmax, nested_offset, block_size, dy.size(-1), out.size(-1));
+  linear_dx("nf4_linear_dx", dy, codes, absmax, nested_absmax, nested_offset, block_size, nullptr, invariant, out);
 }
 
 // The same with any strides and a result of their own: what the operations call.
 Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
                   std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size,
-                  std::optional<Tensor> bias) {
+                  std::optional<Tensor> bias, bool invariant) {
   Tensor out = empty_product("nf4_linear", "x", x, k, n);
   nf4_linear_out(dense(x), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
-                 dense(bias), out);
+                 dense(bias), out, invariant);
   return out;
 }
 
 // y = row_scale * (x W^T + s x A^T B^T) + bias; beside it, in fp32, x A^T (of `dropped`, which is what the adapter sees
-// of x, where it is given).
-std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, std::optional<Tensor> dropped, Tensor codes, Tensor absmax,
-                                           std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset,
-                                           int64_t n, int64_t k, int64_t block_size, Tensor lora_A, Tensor lora_B,
-                                           double scaling, std::optional<Tensor> bias, std::optional<Tensor> row_scale,
-                                           IntHeaderOnlyArrayRef splits) {
+// of x, where it is given). Without absmax the base is dense, here and in the gradient.
+std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, std::optional<Tensor> dropped, Tensor codes,
+                                           std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                                           std::optional<Tensor> nested_offset, int64_t n, int64_t k,
+                                           int64_t block_size, Tensor lora_A, Tensor lora_B, double scaling,
+                                           std::optional<Tensor> bias, std::optional<Tensor> row_scale,
+                                           IntHeaderOnlyArrayRef splits, bool invariant) {
   const char* op = "nf4_lora_linear";
   const Tensor a = dense(lora_A), b = dense(lora_B);
   const std::vector<int64_t> ends = ends_of(op, splits, n);
@@ -118,16 +123,15 @@ std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, std::optional<Tensor> dropp
   adapter.dropped = seen ? static_cast<const float*>(seen->const_data_ptr()) : nullptr;
   adapter.row_scale = row_scale_of(op, scale, n);
   adapter.xa = static_cast<float*>(xa.mutable_data_ptr());
-  linear(op, dense(x), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size, dense(bias),
-         &adapter, out);
+  linear(op, dense(x), codes, absmax, nested_absmax, nested_offset, block_size, dense(bias), &adapter, invariant, out);
   return {out, xa};
 }
 
 Tensor nf4_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
-                     std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size) {
+                     std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size, bool invariant) {
   Tensor out = empty_product("nf4_linear_dx", "dy", dy, n, k);
-  nf4_linear_dx_out(dense(dy), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
-                    out);
+  nf4_linear_dx_out(dense(dy), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size, out,
+                    invariant);
   return out;
 }
 
@@ -184,10 +188,11 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_gradient(Tensor dy, Tensor x, Tensor
   return {g, da, db};
 }
 
-// dX of an NF4 base and an adapter whose g [M, R] the function above has computed.
-Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+// dX of a base and an adapter whose g [M, R] the function above has computed.
+Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
                           std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size, Tensor g,
-                          Tensor lora_A, std::optional<int64_t> seed, double p, std::optional<Tensor> row_scale) {
+                          Tensor lora_A, std::optional<int64_t> seed, double p, std::optional<Tensor> row_scale,
+                          bool invariant) {
   const char* op = "nf4_lora_linear_dx";
   check(lora_A.is_cpu() && lora_A.dim() == 2 && lora_A.size(1) == k, op, "lora_A", "[R, K] on the CPU");
   const int64_t rank = lora_A.size(0);
@@ -206,8 +211,7 @@ Tensor nf4_lora_linear_dx(Tensor dy, Tensor codes, Tensor absmax, std::optional<
   adapter.a = a.const_data_ptr();
   adapter.dropout = seed ? &dropout : nullptr;
   adapter.g = static_cast<float*>(g.mutable_data_ptr());
-  linear_dx(op, dense(dy), dense(codes), dense(absmax), dense(nested_absmax), dense(nested_offset), block_size,
-            &adapter, out);
+  linear_dx(op, dense(dy), codes, absmax, nested_absmax, nested_offset, block_size, &adapter, invariant, out);
   return out;
 }
 
@@ -260,29 +264,94 @@ Tensor row_scale_gradient(Tensor dy, Tensor y, std::optional<Tensor> bias, Tenso
   return out;
 }
 
+// A batch in which every row has an adapter of its own: peftrt/ops/_multi_lora_linear.py has the arguments.
+void multi_lora_linear_out(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> absmax,
+                           std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset, int64_t n,
+                           int64_t k, int64_t block_size, Tensor values, Tensor ranks, Tensor A_pages, Tensor B_pages,
+                           Tensor scaling, std::optional<Tensor> vectors, std::optional<Tensor> vector_starts,
+                           IntHeaderOnlyArrayRef splits, Tensor slot_ids, std::optional<Tensor> bias, Tensor out,
+                           bool invariant) {
+  const char* op = "multi_lora_linear";
+  const int64_t m = check_rows(op, "x", x, k, "out", out, n);
+  const Table table(op, m, n, k, values, ranks, A_pages, B_pages, scaling, vectors, vector_starts, splits, slot_ids);
+  const BaseOf base(op, weight, absmax, nested_absmax, nested_offset, n, k, block_size, x);
+  const Tensor rows = dense(x);
+  const std::optional<Tensor> added = dense(bias);
+  check_bias(op, added, n, x);
+  peftrt::cpu::kernels().multi_lora_linear(
+      base.get(), dtype_of(x, op, "x"), m, rows.const_data_ptr(), added ? added->const_data_ptr() : nullptr,
+      table.table, invariant, out.mutable_data_ptr(), row_stride(op, out), parallel(base.work(m) + table.work(m)));
+}
+
+Tensor multi_lora_linear(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> absmax,
+                         std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_offset, int64_t n, int64_t k,
+                         int64_t block_size, Tensor values, Tensor ranks, Tensor A_pages, Tensor B_pages,
+                         Tensor scaling, std::optional<Tensor> vectors, std::optional<Tensor> vector_starts,
+                         IntHeaderOnlyArrayRef splits, Tensor slot_ids, std::optional<Tensor> bias, bool invariant) {
+  Tensor out = empty_product("multi_lora_linear", "x", x, k, n);
+  multi_lora_linear_out(x, weight, absmax, nested_absmax, nested_offset, n, k, block_size, values, ranks, A_pages,
+                        B_pages, scaling, vectors, vector_starts, splits, slot_ids, bias, out, invariant);
+  return out;
+}
+
+// dx of x's dtype, and the gradient of values in fp32; each is empty where it is not wanted.
+std::tuple<Tensor, Tensor> multi_lora_linear_backward(Tensor dz, Tensor x, std::optional<Tensor> weight,
+                                                      std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                                                      std::optional<Tensor> nested_offset, int64_t n, int64_t k,
+                                                      int64_t block_size, Tensor values, Tensor ranks, Tensor A_pages,
+                                                      Tensor B_pages, Tensor scaling, IntHeaderOnlyArrayRef splits,
+                                                      Tensor slot_ids, bool needs_dx, bool needs_dvalues,
+                                                      bool invariant) {
+  const char* op = "multi_lora_linear_backward";
+  const int64_t m = check_rows(op, "x", x, k, "dz", dz, n);
+  const Table table(op, m, n, k, values, ranks, A_pages, B_pages, scaling, std::nullopt, std::nullopt, splits,
+                    slot_ids);
+  const BaseOf base(op, weight, absmax, nested_absmax, nested_offset, n, k, block_size, x);
+  const Tensor rows_dz = dense(dz), rows_x = dense(x);
+  Tensor dx = needs_dx ? empty_product(op, "x", x, k, k) : torch::stable::new_empty(x, {0});
+  Tensor dvalues = torch::stable::new_zeros(values, {needs_dvalues ? values.numel() : 0}, ScalarType::Float);
+  peftrt::cpu::kernels().multi_lora_linear_backward(
+      base.get(), dtype_of(x, op, "x"), m, rows_dz.const_data_ptr(), rows_x.const_data_ptr(), table.table, invariant,
+      needs_dx ? dx.mutable_data_ptr() : nullptr,
+      needs_dvalues ? static_cast<float*>(dvalues.mutable_data_ptr()) : nullptr,
+      parallel(needs_dx * base.work(m) + 2 * table.work(m)));
+  return {dx, dvalues};
+}
+
 std::string isa() { return peftrt::cpu::kernels().isa; }
 
 }  // namespace
 
+#define PEFTRT_EITHER "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, "
 #define PEFTRT_WEIGHT "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+#define PEFTRT_BASE                                                                                              \
+  "Tensor? weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, int n, int k, int block_size, " \
+  "Tensor values, Tensor ranks, Tensor A_pages, Tensor B_pages, Tensor scaling, "
+#define PEFTRT_TABLE PEFTRT_BASE "Tensor? vectors, Tensor? vector_starts, int[] splits, Tensor slot_ids, Tensor? bias, "
 
 STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("nf4_dequantize(" PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def("nf4_quantize(Tensor weight, int block_size, Tensor(a!) codes, Tensor(b!) absmax) -> ()");
   m.def("nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor(a!) codes, Tensor(b!) nested_absmax) -> ()");
-  m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
-  m.def("nf4_linear.out(Tensor x, " PEFTRT_WEIGHT "int block_size, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def("nf4_lora_linear(Tensor x, Tensor? dropped, " PEFTRT_WEIGHT
+  m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT
+        "int n, int k, int block_size, Tensor? bias, bool invariant=False) -> Tensor");
+  m.def("nf4_linear.out(Tensor x, " PEFTRT_WEIGHT
+        "int block_size, Tensor? bias, Tensor(a!) out, bool invariant=False) -> ()");
+  m.def("nf4_lora_linear(Tensor x, Tensor? dropped, " PEFTRT_EITHER
         "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? row_scale, "
-        "int[] splits=[]) -> (Tensor, Tensor)");
-  m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size) -> Tensor");
-  m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
+        "int[] splits=[], bool invariant=False) -> (Tensor, Tensor)");
+  m.def("nf4_linear_dx(Tensor dy, " PEFTRT_WEIGHT "int n, int k, int block_size, bool invariant=False) -> Tensor");
+  m.def("nf4_linear_dx.out(Tensor dy, " PEFTRT_WEIGHT "int block_size, Tensor(a!) out, bool invariant=False) -> ()");
   m.def(
       "low_rank_gradient(Tensor dy, Tensor x, Tensor xa, Tensor lora_B, float scaling, int? seed, float p, "
       "Tensor? row_scale, bool needs_da, bool needs_db, int[] splits=[]) -> (Tensor, Tensor, Tensor)");
-  m.def("nf4_lora_linear_dx(Tensor dy, " PEFTRT_WEIGHT
-        "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p, Tensor? row_scale) -> "
-        "Tensor");
+  m.def("nf4_lora_linear_dx(Tensor dy, " PEFTRT_EITHER
+        "int n, int k, int block_size, Tensor g, Tensor lora_A, int? seed, float p, Tensor? row_scale, "
+        "bool invariant=False) -> Tensor");
+  m.def("multi_lora_linear(Tensor x, " PEFTRT_TABLE "bool invariant=False) -> Tensor");
+  m.def("multi_lora_linear.out(Tensor x, " PEFTRT_TABLE "Tensor(a!) out, bool invariant=False) -> ()");
+  m.def("multi_lora_linear_backward(Tensor dz, Tensor x, " PEFTRT_BASE
+        "int[] splits, Tensor slot_ids, bool needs_dx, bool needs_dvalues, bool invariant=False) -> (Tensor, Tensor)");
   m.def(
       "lora_weight_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, int n, int k, int "
       "block_size, Tensor lora_A, Tensor lora_B, float scaling, int[] splits=[]) -> Tensor");
@@ -302,6 +371,9 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("nf4_linear_dx.out", TORCH_BOX(&nf4_linear_dx_out));
   m.impl("low_rank_gradient", TORCH_BOX(&low_rank_gradient));
   m.impl("nf4_lora_linear_dx", TORCH_BOX(&nf4_lora_linear_dx));
+  m.impl("multi_lora_linear", TORCH_BOX(&multi_lora_linear));
+  m.impl("multi_lora_linear.out", TORCH_BOX(&multi_lora_linear_out));
+  m.impl("multi_lora_linear_backward", TORCH_BOX(&multi_lora_linear_backward));
   m.impl("lora_weight_norm", TORCH_BOX(&lora_weight_norm));
   m.impl("row_scale_gradient", TORCH_BOX(&row_scale_gradient));
   m.impl("dropout", TORCH_BOX(&dropout));

@@ -17,6 +17,8 @@
 
 namespace {
 
+using peftrt::cpu::AdapterTable;
+using peftrt::cpu::Base;
 using peftrt::cpu::Dropout;
 using peftrt::cpu::LowRank;
 using peftrt::cpu::Parallel;
@@ -89,6 +91,20 @@ Product check_product(const char* op, const char* argument, const Tensor& a, con
   return {dtype_of(a, op, argument), rows};
 }
 
+// a [..., a_width] and b [..., b_width] of one dtype, any strides; their rows.
+int64_t check_rows(const char* op, const char* a_name, const Tensor& a, int64_t a_width, const char* b_name,
+                   const Tensor& b, int64_t b_width) {
+  check(a.is_cpu() && a.dim() >= 1 && a.size(-1) == a_width, op, a_name, "[..., features] on the CPU");
+  check(b.is_cpu() && b.dim() == a.dim() && b.size(-1) == b_width && b.scalar_type() == a.scalar_type(), op, b_name,
+        "[..., features], of x's dtype and dimensions");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < a.dim(); ++i) {
+    check(b.size(i) == a.size(i), op, b_name, "of x's shape but for the last dimension");
+    rows *= a.size(i);
+  }
+  return rows;
+}
+
 void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t n, const Tensor& x) {
   if (!bias) return;
   check_dense(*bias, op, "bias");
@@ -152,6 +168,152 @@ const float* row_scale_of(const char* op, const std::optional<Tensor>& row_scale
   check(row_scale->dim() == 1 && row_scale->numel() == n && row_scale->scalar_type() == ScalarType::Float, op,
         "row_scale", "float32 [N]");
   return static_cast<const float*>(row_scale->const_data_ptr());
+}
+
+// An adapter table's tensors as the kernels take them. What a row of the batch can reach is looked at: a bad slot id,
+// rank or start is refused.
+class Table {
+ public:
+  Table(const char* op, int64_t m, int64_t n, int64_t k, const Tensor& values, const Tensor& ranks,
+        const Tensor& a_pages, const Tensor& b_pages, const Tensor& scaling, const std::optional<Tensor>& vectors,
+        const std::optional<Tensor>& starts, IntHeaderOnlyArrayRef splits, const Tensor& slot_ids)
+      : values_(dense(values)),
+        ranks_(dense(ranks)),
+        a_pages_(dense(a_pages)),
+        b_pages_(dense(b_pages)),
+        scaling_(dense(scaling)),
+        slot_ids_(dense(slot_ids)),
+        vectors_(dense(vectors)),
+        starts_(dense(starts)) {
+    check(n >= 0 && k >= 0 && !splits.empty(), op, "splits", "of at least one size, N and K not negative");
+    ends_ = ends_of(op, splits, n);
+    check(values_.is_cpu() && values_.dim() == 1, op, "values", "[S] on the CPU");
+    check(ranks_.dim() == 2 && a_pages_.dim() == 3, op, "ranks and A_pages", "[E, P] and [E, P, W]");
+    const int64_t slots = ranks_.size(0), parts = int64_t(ends_.size()), pages = a_pages_.size(2);
+    table.dtype = dtype_of(values_, op, "values");
+    table.values = values_.const_data_ptr();
+    table.parts = {int(parts), ends_.data()};
+    table.k = k, table.slots = slots, table.pages = pages;
+    table.ranks = data<int32_t>(op, "ranks", ranks_, ScalarType::Int, {slots, parts});
+    table.a_pages = data<int64_t>(op, "A_pages", a_pages_, ScalarType::Long, {slots, parts, pages});
+    table.b_pages = data<int64_t>(op, "B_pages", b_pages_, ScalarType::Long, {slots, parts, pages});
+    table.scaling = data<float>(op, "scaling", scaling_, ScalarType::Float, {slots, parts});
+    table.slot_ids = data<int32_t>(op, "slot_ids", slot_ids_, ScalarType::Int, {m});
+    check(vectors_.has_value() == starts_.has_value(), op, "vector_starts", "given exactly when vectors are");
+    if (vectors_) {
+      check(vectors_->dim() == 1, op, "vectors", "[V]");
+      table.vectors = data<float>(op, "vectors", *vectors_, ScalarType::Float, {vectors_->numel()});
+      table.starts = data<int64_t>(op, "vector_starts", *starts_, ScalarType::Long, {slots, 3});
+    }
+    std::vector<bool> seen(size_t(slots), false);
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t slot = table.slot_ids[i];
+      check(slot >= -1 && slot < slots, op, "slot_ids", "-1 or a slot of the table");
+      if (slot < 0 || seen[size_t(slot)]) continue;
+      seen[size_t(slot)] = true;
+      check_slot(op, slot);
+    }
+  }
+
+  // Multiplications that the adapters take, and reading their pages, of which a value counts as six.
+  int64_t work(int64_t m) const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < m; ++i)
+      for (int part = 0; table.slot_ids[i] >= 0 && part < table.parts.count; ++part)
+        sum += 6 * table.rank(table.slot_ids[i], part) * (table.k + table.parts.size(part));
+    return sum;
+  }
+
+  AdapterTable table = {};
+
+ private:
+  template <class T>
+  static const T* data(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
+                       const std::vector<int64_t>& sizes) {
+    bool fits = tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = tensor.size(int64_t(i)) == sizes[i];
+    check(fits, op, argument, "of the table's shape and dtype, on the CPU");
+    return static_cast<const T*>(tensor.const_data_ptr());
+  }
+
+  void check_slot(const char* op, int64_t slot) const {
+    const int64_t size = values_.numel(), page = AdapterTable::kPage;
+    for (int part = 0; part < table.parts.count; ++part) {
+      const int64_t ranks = table.rank(slot, part);
+      check(ranks >= 0 && ranks <= page * table.pages, op, "ranks", "what the pages hold");
+      for (int64_t rank = 0; rank < ranks; rank += page) {
+        const int64_t held = ranks - rank < page ? ranks - rank : page;
+        const int64_t a = table.page(false, slot, part, rank / page), b = table.page(true, slot, part, rank / page);
+        check(a >= 0 && a <= size - held * table.k, op, "A_pages", "inside of values");
+        check(b >= 0 && b <= size - held * table.parts.size(part), op, "B_pages", "inside of values");
+      }
+    }
+    if (!vectors_) return;
+    for (int which = 0; which < 3; ++which) {
+      const int64_t start = table.starts[3 * slot + which],
+                    room = vectors_->numel() - (which == 0 ? table.k : table.n());
+      check(start >= -1 && (start == -1 || start <= room), op, "vector_starts", "inside of vectors, or -1");
+    }
+  }
+
+  Tensor values_, ranks_, a_pages_, b_pages_, scaling_, slot_ids_;
+  std::optional<Tensor> vectors_, starts_;
+  std::vector<int64_t> ends_;
+};
+
+// A base weight [n, k]: NF4, dense in x's dtype, or none, and the tensors that it points to.
+class BaseOf {
+ public:
+  BaseOf(const char* op, const std::optional<Tensor>& weight, const std::optional<Tensor>& absmax,
+         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset, int64_t n, int64_t k,
+         int64_t block_size, const Tensor& x)
+      : weight_(weight),
+        absmax_(dense(absmax)),
+        nested_absmax_(dense(nested_absmax)),
+        nested_offset_(dense(nested_offset)) {
+    if (!weight_) return;
+    base_.n = n, base_.k = k;
+    // the rows of a dense one may lie apart
+    if (absmax_ || weight_->dim() != 2 || weight_->stride(1) != 1) weight_ = dense(weight_);
+    if (!absmax_) {
+      check(weight_->is_cpu() && weight_->dim() == 2 && weight_->size(0) == n && weight_->size(1) == k &&
+                weight_->scalar_type() == x.scalar_type(),
+            op, "weight", "[N, K] of x's dtype, on the CPU");
+      check(!nested_absmax_ && !nested_offset_, op, "nested_absmax", "given beside absmax alone");
+      base_.dtype = dtype_of(*weight_, op, "weight");
+      base_.dense = weight_->const_data_ptr();
+      base_.stride = weight_->stride(0);
+      return;
+    }
+    nf4_ = weight_of(op, *weight_, *absmax_, nested_absmax_, nested_offset_, block_size, n, k);
+    base_.nf4 = &nf4_;
+  }
+  BaseOf(const BaseOf&) = delete;
+  BaseOf& operator=(const BaseOf&) = delete;
+
+  const Base* get() const { return weight_ ? &base_ : nullptr; }
+  int64_t work(int64_t m) const { return weight_ ? (4 + m) * base_.n * base_.k : 0; }
+
+ private:
+  std::optional<Tensor> weight_, absmax_, nested_absmax_, nested_offset_;
+  Weight nf4_ = {};
+  Base base_ = {};
+};
+
+// Elements from one of the flattened rows of [..., N] to the next.
+int64_t row_stride(const char* op, const Tensor& out) {
+  const int64_t n = out.size(-1);
+  if (out.numel() == 0) return n;
+  bool fits = n <= 1 || out.stride(-1) == 1;
+  int64_t stride = n, rows = 1;
+  for (int64_t i = out.dim() - 2; i >= 0; --i) {
+    if (out.size(i) == 1) continue;
+    if (rows == 1) stride = out.stride(i);
+    fits = fits && out.stride(i) == stride * rows;
+    rows *= out.size(i);
+  }
+  check(fits && (rows <= 1 || stride >= n), op, "out", "of rows at one stride, a row's elements together");
+  return stride;
 }
 
 Dropout dropout_of(const char* op, int64_t seed, double p) {

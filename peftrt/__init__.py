@@ -28,7 +28,7 @@ from peftrt.adapters import (
 )
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
-from peftrt.ops import BackendError, backend, release_scratch
+from peftrt.ops import BackendError, backend, batch_invariant, release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "adapt",
     "adapter_names",
     "backend",
+    "batch_invariant",
     "empty_weights",
     "explain",
     "export",

@@ -47,6 +47,8 @@ OP_HELPERS = {
     "_define",
     "_backend",
     "_eager",
+    "_invariant",
+    "_multi_lora_native",
     "_weight",
     "_seed",
     "_native",

@@ -9,21 +9,35 @@
 #include "cpu/kernels.h"
 
 // The operations of one instruction set, and their table.
-#define PEFTRT_DEFINE_KERNELS(isa)                                                                                     \
-  namespace isa {                                                                                                      \
-  void nf4_dequantize(const Weight&, Dtype, void*, const Parallel&);                                                   \
-  void nf4_quantize(Dtype, int64_t, int, const void*, uint8_t*, uint8_t*, const Parallel&);                            \
-  void nf4_quantize_scales(int64_t, const uint8_t*, float, uint8_t*, uint8_t*, const Parallel&);                       \
-  void nf4_linear(const Weight&, Dtype, int64_t, const void*, const void*, const LowRank*, void*, const Parallel&);    \
-  void nf4_linear_dx(const Weight&, Dtype, int64_t, const void*, const LowRankGradient*, void*, const Parallel&);      \
-  void low_rank_gradient(Dtype, int64_t, int64_t, int64_t, const void*, const void*, const float*,                     \
-                         const LowRankGradient&, float*, float*, const Parallel&);                                     \
-  void lora_weight_norm(const Base&, const LowRank&, float*, const Parallel&);                                         \
-  void row_scale_gradient(Dtype, int64_t, int64_t, const void*, const void*, const void*, const float*, float*,        \
-                          const Parallel&);                                                                            \
-  void dropout(Dtype, int64_t, const Dropout&, const void*, void*, const Parallel&);                                   \
-  static const Kernels kernels = {#isa,          nf4_dequantize,    nf4_quantize,     nf4_quantize_scales, nf4_linear, \
-                                  nf4_linear_dx, low_rank_gradient, lora_weight_norm, row_scale_gradient,  dropout};   \
+#define PEFTRT_DEFINE_KERNELS(isa)                                                                                  \
+  namespace isa {                                                                                                   \
+  void nf4_dequantize(const Weight&, Dtype, void*, const Parallel&);                                                \
+  void nf4_quantize(Dtype, int64_t, int, const void*, uint8_t*, uint8_t*, const Parallel&);                         \
+  void nf4_quantize_scales(int64_t, const uint8_t*, float, uint8_t*, uint8_t*, const Parallel&);                    \
+  void linear(const Base&, Dtype, int64_t, const void*, const void*, const LowRank*, bool, void*, const Parallel&); \
+  void linear_dx(const Base&, Dtype, int64_t, const void*, const LowRankGradient*, bool, void*, const Parallel&);   \
+  void multi_lora_linear(const Base*, Dtype, int64_t, const void*, const void*, const AdapterTable&, bool, void*,   \
+                         int64_t, const Parallel&);                                                                 \
+  void multi_lora_linear_backward(const Base*, Dtype, int64_t, const void*, const void*, const AdapterTable&, bool, \
+                                  void*, float*, const Parallel&);                                                  \
+  void low_rank_gradient(Dtype, int64_t, int64_t, int64_t, const void*, const void*, const float*,                  \
+                         const LowRankGradient&, float*, float*, const Parallel&);                                  \
+  void lora_weight_norm(const Base&, const LowRank&, float*, const Parallel&);                                      \
+  void row_scale_gradient(Dtype, int64_t, int64_t, const void*, const void*, const void*, const float*, float*,     \
+                          const Parallel&);                                                                         \
+  void dropout(Dtype, int64_t, const Dropout&, const void*, void*, const Parallel&);                                \
+  static const Kernels kernels = {#isa,                                                                             \
+                                  nf4_dequantize,                                                                   \
+                                  nf4_quantize,                                                                     \
+                                  nf4_quantize_scales,                                                              \
+                                  linear,                                                                           \
+                                  linear_dx,                                                                        \
+                                  multi_lora_linear,                                                                \
+                                  multi_lora_linear_backward,                                                       \
+                                  low_rank_gradient,                                                                \
+                                  lora_weight_norm,                                                                 \
+                                  row_scale_gradient,                                                               \
+                                  dropout};                                                                         \
   }
 
 namespace peftrt::cpu {

@@ -62,6 +62,37 @@ struct LowRank {
   int64_t width() const { return parts.count * rank; }
 };
 
+// Adapters of one linear map [n, k] in pages of flat memory, and which of them each row of a batch has, or none (-1).
+//
+// A page holds kPage ranks: of A they are [kPage, k], of B transposed [kPage, size of the part]. Rank r of slot e and
+// part p is row r % kPage of page [e][p][r / kPage]; of the last page only the rows of ranks that there are are read.
+struct AdapterTable {
+  static constexpr int64_t kPage = 8;
+
+  Dtype dtype;
+  const void* values;
+  Parts parts;
+  int64_t k;
+  int64_t slots, pages;     // E, and W: pages a slot and part at most
+  const int32_t* ranks;     // [E, P]
+  const int64_t* a_pages;   // [E, P, W]: elements of `values`
+  const int64_t* b_pages;   // [E, P, W]
+  const float* scaling;     // [E, P]
+  const float* vectors;     // null: no slot has any
+  const int64_t* starts;    // [E, 3]: where in `vectors` x_scale [k], y_scale [n] and bias [n] begin, or -1
+  const int32_t* slot_ids;  // [m]
+
+  int64_t n() const { return parts.end[parts.count - 1]; }
+  int64_t rank(int64_t slot, int part) const { return ranks[slot * parts.count + part]; }
+  int64_t page(bool of_b, int64_t slot, int part, int64_t page) const {
+    return (of_b ? b_pages : a_pages)[(slot * parts.count + part) * pages + page];
+  }
+  // x_scale, y_scale or bias (0, 1, 2) of a slot, or null.
+  const float* vector(int64_t slot, int which) const {
+    return vectors == nullptr || starts[3 * slot + which] < 0 ? nullptr : vectors + starts[3 * slot + which];
+  }
+};
+
 // Which elements are zeroed, and what the others are divided by; dropout.h.
 struct Dropout {
   uint64_t seed;
@@ -106,14 +137,26 @@ struct Kernels {
   void (*nf4_quantize_scales)(int64_t blocks, const uint8_t* absmax, float offset, uint8_t* codes,
                               uint8_t* nested_absmax, const Parallel& parallel);
   // out[m, n] = row_scale[n] * (sum_k x[m, k] * W[n, k] + scaling * sum_r xa[m, r] * B[n, r]) + bias[n], the
-  // columns r of n's part; W rounded to
-  // dtype, sums in fp32, one rounding at the end; bias and adapter may be null
-  void (*nf4_linear)(const Weight& w, Dtype dtype, int64_t m, const void* x, const void* bias, const LowRank* adapter,
-                     void* out, const Parallel& parallel);
+  // columns r of n's part; W, where it is NF4, rounded to
+  // dtype, sums in fp32, one rounding at the end; bias and adapter may be null. Where `invariant`, here and below, a
+  // row's bits do not depend on m
+  void (*linear)(const Base& base, Dtype dtype, int64_t m, const void* x, const void* bias, const LowRank* adapter,
+                 bool invariant, void* out, const Parallel& parallel);
   // out[m, k] = sum_n row_scale[n] * dy[m, n] * W[n, k] + drop'(sum_r g[m, r] * A[r, k]); W rounded to dtype, sums in
   // fp32, one rounding at the end; the adapter may be null
-  void (*nf4_linear_dx)(const Weight& w, Dtype dtype, int64_t m, const void* dy, const LowRankGradient* adapter,
-                        void* out, const Parallel& parallel);
+  void (*linear_dx)(const Base& base, Dtype dtype, int64_t m, const void* dy, const LowRankGradient* adapter,
+                    bool invariant, void* out, const Parallel& parallel);
+  // out[i, n] = y_scale[n] * (sum_k x'[i, k] * W[n, k] + scaling * sum_r (x' A^T)[i, r] * B[n, r]) + bias[n] +
+  // row_bias[n]: A, B, scales and row_bias are those of row i's slot, x' = round_to_dtype(x_scale * x). Rows of out are
+  // `stride` apart; without a base the first sum is 0; a dense one is of dtype
+  void (*multi_lora_linear)(const Base* base, Dtype dtype, int64_t m, const void* x, const void* bias,
+                            const AdapterTable& table, bool invariant, void* out, int64_t stride,
+                            const Parallel& parallel);
+  // From dz [m, n] and x' [m, k]: dx [m, k], of base and adapters, and the gradients of `values`, in fp32, added to
+  // those in dvalues; either may be null
+  void (*multi_lora_linear_backward)(const Base* base, Dtype dtype, int64_t m, const void* dz, const void* x,
+                                     const AdapterTable& table, bool invariant, void* dx, float* dvalues,
+                                     const Parallel& parallel);
   // g, dA [width, k] and dB [n, rank] of an adapter over any base, summed in fp32, from dy [m, n] and x [m, k] of dtype
   // and xa [m, width]; da and db may be null
   void (*low_rank_gradient)(Dtype dtype, int64_t m, int64_t n, int64_t k, const void* dy, const void* x,

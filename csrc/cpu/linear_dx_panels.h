@@ -8,6 +8,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
+#include "cpu/finish.h"
 #include "cpu/parallel.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
@@ -29,8 +30,8 @@ struct Block {
   int64_t columns;
   int64_t stride() const { return kPanel * depth + 16; }  // of panels: they start on different cache sets
 };
-inline Block block_for(int64_t m, int64_t piece) {
-  const int64_t columns = m <= 32 ? kMaxColumns : 128;
+inline Block block_for(int64_t m, int64_t piece, bool invariant) {
+  const int64_t columns = m <= 32 || invariant ? kMaxColumns : 128;
   return {kBlock / columns, min64(piece, columns)};  // the order of a sum goes by the depth: not by the threads
 }
 
@@ -90,6 +91,55 @@ void decode_panels(const Weight& w, int64_t n0, int64_t depth, int64_t k0, int64
   }
 }
 
+// Rows of W for panels, in floats: decode() rows [n0, n0 + depth) of columns [k0, k0 + width), zeros behind them, and
+// fetch() brings rows [n0, n1) near.
+template <class T>
+class Nf4Columns {
+ public:
+  explicit Nf4Columns(const Base& base) : w_(*base.nf4), decoder_(w_) {}
+  void decode(int64_t n0, int64_t depth, int64_t k0, int64_t width, int64_t stride, float* panels) {
+    decode_panels<T>(w_, n0, depth, k0, width, decoder_, stride, panels);
+  }
+  void fetch(int64_t n0, int64_t n1, int64_t k0, int64_t width) const { fetch_rows(w_, n0, n1, k0, width); }
+
+ private:
+  const Weight& w_;
+  Scales decoder_;
+};
+
+template <class T>
+class DenseColumns {
+ public:
+  explicit DenseColumns(const Base& base) : base_(base), dense_(static_cast<const T*>(base.dense)) {}
+  void decode(int64_t n0, int64_t depth, int64_t k0, int64_t width, int64_t stride, float* panels) const {
+    alignas(sizeof(F)) float line[kPanel];
+    for (int64_t p = 0; p < depth; ++p) {
+      const T* row = dense_ + (n0 + p) * base_.stride + k0;
+      for (int64_t column = 0; column < width; column += kPanel) {
+        float* to = panels + column / kPanel * stride + p * kPanel;
+        if (column + kPanel <= width) {
+          storeu(to, load(row + column)), storeu(to + kLanes, load(row + column + kLanes));
+          continue;
+        }
+        std::memset(line, 0, sizeof line);
+        to_floats(row + column, width - column, line);
+        std::memcpy(to, line, sizeof line);
+      }
+    }
+  }
+  void fetch(int64_t n0, int64_t n1, int64_t k0, int64_t width) const {
+    for (int64_t n = n0; n < min64(n1, base_.n); ++n) {
+      const T* row = dense_ + n * base_.stride;
+      for (int64_t k = k0; k < min64(k0 + width, base_.k); k += 64 / int64_t(sizeof(T)))
+        touch(reinterpret_cast<const uint8_t*>(row + k));
+    }
+  }
+
+ private:
+  const Base& base_;
+  const T* dense_;
+};
+
 // panels[width / kPanel][depth][kPanel] times every tile of dy, whose rows are `ld_dy` apart. The panels so stay in L2:
 // to decode into lines that have left it costs three times the decoding.
 template <class Before>
@@ -134,9 +184,9 @@ inline void add_adapter_to_columns(const LowRankGradient& adapter, int64_t first
 // Columns [k0, k1) of dx. Rows of W are outermost, so that each page of W is visited once: to look one up that is in no
 // cache takes longer than to decode it, and W by columns had the few rows of dy wait three times as long as they
 // worked. acc: [m][columns, in whole panels].
-template <class T>
-void dx_columns(const Weight& w, int64_t m, const Block& block, const float* packed, int64_t k0, int64_t k1,
-                Scales& decoder, float* panels, float* acc) {
+template <class Columns>
+void dx_columns(const Base& w, int64_t m, const Block& block, const float* packed, int64_t k0, int64_t k1,
+                Columns& source, float* panels, float* acc) {
   const int64_t ld = ceil_div(k1 - k0, kPanel) * kPanel, stride = block.stride(),
                 share = ceil_div(block.depth, ceil_div(m, kRows));
   for (int64_t n0 = 0; n0 < w.n; n0 += block.depth) {
@@ -144,24 +194,24 @@ void dx_columns(const Weight& w, int64_t m, const Block& block, const float* pac
     const float* dy = packed + n0 * m;
     for (int64_t k = k0; k < k1; k += block.columns) {
       const int64_t width = min64(block.columns, k1 - k);
-      decode_panels<T>(w, n0, depth, k, width, decoder, stride, panels);
+      source.decode(n0, depth, k, width, stride, panels);
       // Meanwhile what is decoded next comes near.
       const bool last = k + block.columns >= k1;
       const int64_t next = last ? n0 + block.depth : n0, next_k = last ? k0 : k + block.columns;
       multiply_panels(m, depth, dy, block.depth, panels, stride, width, acc + (k - k0), ld, n0 > 0, [&](int64_t tile) {
         const int64_t from = tile * share;
-        fetch_rows(w, next + from, next + min64(from + share, block.depth), next_k, block.columns);
+        source.fetch(next + from, next + min64(from + share, block.depth), next_k, block.columns);
       });
     }
   }
 }
 
-template <class T>
-void dx_panels(const Weight& w, int64_t m, const T* dy, const LowRankGradient* adapter, T* out,
+template <class T, class Columns>
+void dx_panels(const Base& w, int64_t m, const T* dy, const LowRankGradient* adapter, const Finish& finish, T* out,
                const Parallel& parallel) {
   // At least two pieces of K a thread, whole groups.
   const int64_t piece = max64(w.k / (2 * parallel.threads) / kGroup, 1) * kGroup;
-  const Block block = block_for(m, piece);
+  const Block block = block_for(m, piece, finish.invariant);
   const int64_t most = ceil_div(ceil_div(m, ceil_div(m, kMaxRowsOfDy)), kRows) * kRows;
   const int64_t rank = adapter == nullptr ? 0 : adapter->width();
   const float* row_scale = adapter == nullptr ? nullptr : adapter->row_scale;
@@ -171,15 +221,17 @@ void dx_panels(const Weight& w, int64_t m, const T* dy, const LowRankGradient* a
     pack_dy(w.n, rows, block.depth, dy + first * w.n, row_scale, packed.get(), parallel);
     if (rank > 0) std::memcpy(g.get(), adapter->g + first * rank, size_t(rows * rank) * sizeof(float));
     for_ranges(parallel, ceil_div(w.k, piece), [&](int64_t begin, int64_t end) {
-      Scales decoder(w);
+      Columns source(w);
       Scratch<float> panels(block.stride() * ceil_div(block.columns, kPanel)), acc(rows * piece);
       for (int64_t k0 = begin * piece; k0 < min64(end * piece, w.k); k0 += piece) {
         const int64_t k1 = min64(k0 + piece, w.k), ld = ceil_div(k1 - k0, kPanel) * kPanel;
-        dx_columns<T>(w, rows, block, packed.get(), k0, k1, decoder, panels.get(), acc.get());
+        dx_columns(w, rows, block, packed.get(), k0, k1, source, panels.get(), acc.get());
         if (rank > 0)
           add_adapter_to_columns(*adapter, first, rows, w.k, block, k0, k1, g.get(), panels.get(), acc.get(), ld);
-        for (int64_t row = 0; row < rows; ++row)
-          from_floats(acc.get() + row * ld, k1 - k0, out + (first + row) * w.k + k0);
+        for (int64_t row = 0; row < rows; ++row) {
+          add_addend(finish.at(first + row), k0, k1 - k0, acc.get() + row * ld);
+          from_floats(acc.get() + row * ld, k1 - k0, out + (first + row) * finish.stride + k0);
+        }
       }
     });
   }

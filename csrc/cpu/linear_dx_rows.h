@@ -4,6 +4,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
+#include "cpu/finish.h"
 #include "cpu/parallel.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
@@ -103,7 +104,8 @@ inline void add_adapter_to_group(const LowRankGradient& adapter, int64_t row, in
 // rounded first. Threads split N, so that each reads W as it lies: pieces of rows cost a third more. The chunks that
 // they take depend on N alone, and are added in their order.
 template <class T, int M>
-void dx_rows(const Weight& w, const T* dy, const LowRankGradient* adapter, T* out, const Parallel& parallel) {
+void dx_rows(const Weight& w, const T* dy, const LowRankGradient* adapter, const Finish& finish, T* out,
+             const Parallel& parallel) {
   const int64_t groups = w.k / kGroup, width = M * w.k;
   const int64_t rows = ceil_div(ceil_div(w.n, kMaxChunks), kChain) * kChain, chunks = ceil_div(w.n, rows);
   const float* row_scale = adapter == nullptr ? nullptr : adapter->row_scale;
@@ -124,6 +126,7 @@ void dx_rows(const Weight& w, const T* dy, const LowRankGradient* adapter, T* ou
       from_lookup_order(sums, natural);
       const int64_t row = at % M, k = at / M * kGroup;
       if (adapter != nullptr) add_adapter_to_group(*adapter, row, w.k, k, natural);
+      add_addend(finish.at(row), k, kGroup, natural);
       from_floats(natural, kGroup, out + row * w.k + k);
     }
   });

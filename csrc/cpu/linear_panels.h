@@ -1,6 +1,7 @@
-// y = x W^T for more than a few rows of x: decoding is the packing step of an outer-product matrix multiplication.
+// y = x W^T for more than a few rows of x: decoding W, or converting it where it is dense, is the packing step of an
+// outer-product matrix multiplication.
 //
-// x is packed transposed, [tiles of kTile rows][K][kTile]. Rows of W are decoded a panel [rows][kDepth] at a time into
+// x is packed transposed, [tiles of kTile rows][K][kTile]. Rows of W are read a panel [rows][kDepth] at a time into
 // L1 or L2 and are the scalars of the micro-kernel (micro.h); its outputs, transposed, gather in [tiles][rows][kTile]
 // over K and are written with the bias at the end. Neither W nor a transpose of it is ever stored whole. Threads split
 // N. An adapter is more K: columns of B behind those of W, and x A^T, packed like x, behind x.
@@ -36,11 +37,13 @@ void pack_x(int64_t width, int64_t m, const T* x, float* packed, const Parallel&
   });
 }
 
-// ct[i][lanes] of one tile for `rows` rows of W from n0, finished: times the row scale, plus bias, transposed, rounded.
+// ct[i][lanes] of one tile for `rows` rows of W from n0, finished: times the row scale, plus bias, transposed, rounded;
+// where rows are finished each in its own way, after they are transposed.
 template <class T>
-void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, int64_t n,
-                const float* row_scale, const T* bias, T* out) {
+void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int64_t n0, const float* row_scale,
+                const T* bias, const Finish& finish, T* out) {
   const auto at = [&](const float* sums, int64_t column) {
+    if (finish.rows != nullptr) return loadu(sums);
     const F scaled = row_scale == nullptr ? loadu(sums) : mul(loadu(sums), set1(load_one(row_scale + column)));
     return add(scaled, set1(bias_at(bias, column)));
   };
@@ -51,8 +54,12 @@ void write_tile(const Tile& tile, int64_t m, const float* ct, int64_t rows, int6
       F r[kLanes];
       for (int j = 0; j < kLanes; ++j) r[j] = j < width ? at(ct + (i + j) * tile.lanes + first, n0 + i + j) : zero();
       transpose(r);
+      alignas(sizeof(F)) float of_call[kLanes] = {};
+      if (finish.rows != nullptr && bias != nullptr) to_floats(bias + n0 + i, width, of_call);
       for (int64_t j = 0; j < present; ++j) {
-        T* to = out + (tile.first + first + j) * n + n0 + i;
+        const int64_t row = tile.first + first + j;
+        if (finish.rows != nullptr) r[j] = finished(r[j], finish.rows[row], loadu(of_call), n0 + i, width);
+        T* to = out + row * finish.stride + n0 + i;
         if (width == kLanes) {
           store(to, r[j]);
         } else {
@@ -117,14 +124,60 @@ inline void fetch_next_panel(const Weight& w, int64_t row, int64_t k, int64_t ne
   __builtin_prefetch(codes + 64);
 }
 
+// Rows of W for panels, in floats: begin(n0, rows) of a chunk, then read(n, k, depth) of each, in any order; `next` is
+// the row that follows on row n once the chunk is over.
 template <class T>
-void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bias, const LowRank* adapter,
-                   const float* packed_xa, T* out, const Parallel& parallel) {
+class Nf4Rows {
+ public:
+  Nf4Rows(const Base& base, int64_t chunk) : w_(*base.nf4), decoder_(w_), units_(chunk * w_.k / 32 + 4) {}
+
+  void begin(int64_t n0, int64_t rows) {
+    const Units range = units_of(w_, n0 * w_.k, rows * w_.k);
+    decoder_.decode(range.first, range.count, units_.get());
+    first_unit_ = range.first;
+  }
+  void read(int64_t n, int64_t k, int64_t depth, int64_t next, float* to) const {
+    const int64_t start = n * w_.k + k;
+    fetch_next_panel(w_, n, k, next);
+    decode_span<T>(w_, start, depth, units_.get() + (start / kGroup * 2 - first_unit_), to);
+  }
+
+ private:
+  const Weight& w_;
+  Scales decoder_;
+  Scratch<float> units_;
+  int64_t first_unit_ = 0;
+};
+
+template <class T>
+class DenseRows {
+ public:
+  DenseRows(const Base& base, int64_t) : base_(base), dense_(static_cast<const T*>(base.dense)) {}
+
+  void begin(int64_t, int64_t) const {}
+  void read(int64_t n, int64_t k, int64_t depth, int64_t next, float* to) const {
+    const bool last = k + kDepth >= base_.k;
+    if (!last || next < base_.n) {
+      const T* ahead = dense_ + (last ? next * base_.stride : n * base_.stride + k + kDepth);
+      const int64_t count = min64(kDepth, last ? base_.k : base_.k - k - kDepth);
+      for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead + i);
+    }
+    to_floats(dense_ + n * base_.stride + k, depth, to);
+  }
+
+ private:
+  const Base& base_;
+  const T* dense_;
+};
+
+template <class T, class Rows>
+void linear_panels(const Base& w, int64_t m, const float* packed, const T* bias, const LowRank* adapter,
+                   const float* packed_xa, const Finish& finish, T* out, const Parallel& parallel) {
   const int64_t tiles = ceil_div(m, kTile);
   const int64_t chunk = m <= 32 ? 24 : 96;  // rows of W a panel, a multiple of 12: in L1 for few tiles, else in L2
   for_ranges(parallel, ceil_div(w.n, chunk), [&](int64_t begin, int64_t end) {
-    Scales decoder(w);
-    Scratch<float> weights(chunk * kDepthStride), ct(chunk * tiles * kTile), units(chunk * w.k / 32 + 4);
+    Rows source(w, chunk);
+    Scratch<float> weights(chunk * kDepthStride), ct(chunk * tiles * kTile);
     // a panel of weights, for the chunk's rows from `row` on, times every tile of x, or of x A^T,
     // [tiles][width][kTile], from k on
     const auto multiply_tiles = [&](int64_t width, int64_t k, int64_t depth, int64_t row, int64_t rows,
@@ -146,16 +199,11 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
     };
     for (int64_t n0 = begin * chunk; n0 < min64(end * chunk, w.n); n0 += chunk) {
       const int64_t rows = min64(chunk, w.n - n0);
-      const Units range = units_of(w, n0 * w.k, rows * w.k);
-      decoder.decode(range.first, range.count, units.get());
+      source.begin(n0, rows);
       for (int64_t k = 0; k < w.k; k += kDepth) {
         const int64_t depth = min64(kDepth, w.k - k);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t start = (n0 + i) * w.k + k;
-          fetch_next_panel(w, n0 + i, k, n0 + i + chunk);
-          decode_span<T>(w, start, depth, units.get() + (start / kGroup * 2 - range.first),
-                         weights.get() + i * kDepthStride);
-        }
+        for (int64_t i = 0; i < rows; ++i)
+          source.read(n0 + i, k, depth, n0 + i + chunk, weights.get() + i * kDepthStride);
         multiply_tiles(w.k, k, depth, 0, rows, packed, k > 0);
       }
       for (int64_t row = 0; adapter != nullptr && row < rows;) {
@@ -165,7 +213,7 @@ void linear_panels(const Weight& w, int64_t m, const float* packed, const T* bia
         row = end;
       }
       for (int64_t t = 0; t < tiles; ++t)
-        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, w.n, row_scale_of(adapter), bias, out);
+        write_tile(tile_at(t, m), m, ct.get() + t * kTile * chunk, rows, n0, row_scale_of(adapter), bias, finish, out);
     }
   });
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/decode.h"
+#include "cpu/finish.h"
 #include "cpu/micro.h"
 #include "cpu/parallel.h"
 
@@ -23,9 +24,9 @@ inline const float* row_scale_of(const LowRank* adapter) { return adapter == nul
 
 // An output of column n out of its sum, but for rounding.
 template <class T>
-inline float finished(float sum, const float* row_scale, const T* bias, int64_t n) {
+inline float finished(float sum, const float* row_scale, const T* bias, const RowFinish* row, int64_t n) {
   if (row_scale != nullptr) sum *= load_one(row_scale + n);
-  return sum + bias_at(bias, n);
+  return finished_one(sum, row, bias_at(bias, n), n);
 }
 
 template <class T>
@@ -173,8 +174,8 @@ void add_low_rank(const LowRank& adapter, const float* scaled, int64_t n0, int64
 
 // A block of rows of W passes over a slice of x that stays in L1: 16 KB of it, for any M.
 template <class T, int M>
-void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled, T* out,
-                   const Parallel& parallel) {
+void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled,
+                   const Finish& finish, T* out, const Parallel& parallel) {
   constexpr int64_t kRows = 16;
   constexpr int64_t kSlice = 4096 / M / kGroup;  // groups
   const int64_t groups = w.k / kGroup;
@@ -195,14 +196,15 @@ void linear_groups(const Weight& w, const T* x, const T* bias, const LowRank* ad
       if (adapter != nullptr) add_low_rank<M>(*adapter, scaled, n0, rows, sums[0]);
       for (int64_t i = 0; i < rows; ++i)
         for (int m = 0; m < M; ++m)
-          store_one(out + m * w.n + n0 + i, finished(sum(loadu(sums[i] + kLanes * m)), row_scale, bias, n0 + i));
+          store_one(out + m * finish.stride + n0 + i,
+                    finished(sum(loadu(sums[i] + kLanes * m)), row_scale, bias, finish.at(m), n0 + i));
     }
   });
 }
 
 template <class T, int M>
-void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled, T* out,
-                  const Parallel& parallel) {
+void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const float* scaled,
+                  const Finish& finish, T* out, const Parallel& parallel) {
   constexpr int64_t kSpan = 512;
   const float* row_scale = row_scale_of(adapter);
   Scratch<float> floats(M * w.k);
@@ -225,17 +227,20 @@ void linear_any_k(const Weight& w, const T* x, const T* bias, const LowRank* ada
         add_low_rank<M>(*adapter, scaled, n, 1, lanes);
         for (int m = 0; m < M; ++m) sums[m] += sum(loadu(lanes + m * kLanes));
       }
-      for (int m = 0; m < M; ++m) store_one(out + m * w.n + n, finished(sums[m], row_scale, bias, n));
+      for (int m = 0; m < M; ++m)
+        store_one(out + m * finish.stride + n, finished(sums[m], row_scale, bias, finish.at(m), n));
     }
   });
 }
 
 template <class T, int M>
-void linear_rows(const Weight& w, const T* x, const T* bias, const LowRank* adapter, T* out, const Parallel& parallel) {
+void linear_rows(const Weight& w, const T* x, const T* bias, const LowRank* adapter, const Finish& finish, T* out,
+                 const Parallel& parallel) {
   Scratch<float> scaled(adapter == nullptr ? 0 : M * adapter->parts.count * part_stride(*adapter));
   if (adapter != nullptr) multiply_a_rows<T, M>(*adapter, w.k, x, scaled.get(), parallel);
-  if (w.k % kGroup == 0 && w.k > 0) return linear_groups<T, M>(w, x, bias, adapter, scaled.get(), out, parallel);
-  linear_any_k<T, M>(w, x, bias, adapter, scaled.get(), out, parallel);
+  if (w.k % kGroup == 0 && w.k > 0)
+    return linear_groups<T, M>(w, x, bias, adapter, scaled.get(), finish, out, parallel);
+  linear_any_k<T, M>(w, x, bias, adapter, scaled.get(), finish, out, parallel);
 }
 
 }  // namespace peftrt::cpu::PEFTRT_ISA

@@ -35,6 +35,26 @@ inline void for_ranges(const Parallel& parallel, int64_t tasks, const Body& body
       parallel.threads, [](int64_t, int64_t, void* context) { static_cast<Queue*>(context)->drain(); }, &queue);
 }
 
+// body(task) of every task, taken one at a time: where tasks differ in size, and none is short.
+template <class Body>
+inline void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
+  if (parallel.threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  struct Queue {
+    const Body& body;
+    const int64_t tasks;
+    std::atomic<int64_t> next{0};
+  };
+  Queue queue{body, tasks};
+  const auto drain = [](int64_t, int64_t, void* context) {
+    Queue& from = *static_cast<Queue*>(context);
+    for (int64_t task = from.next++; task < from.tasks; task = from.next++) from.body(task);
+  };
+  parallel.run(parallel.threads, drain, &queue);
+}
+
 // Uninitialised, aligned to a cache line.
 template <class T>
 class Scratch {

@@ -4,6 +4,7 @@ from peftrt.ops._adapter_table import AdapterTable, SlotAdapter
 from peftrt.ops._backend import BackendError, backend
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._dropout import dropout
+from peftrt.ops._invariant import batch_invariant
 from peftrt.ops._lora_linear import lora_linear
 from peftrt.ops._lora_weight_norm import lora_weight_norm
 from peftrt.ops._multi_lora_linear import multi_lora_linear
@@ -18,6 +19,7 @@ __all__ = [
     "BackendError",
     "SlotAdapter",
     "backend",
+    "batch_invariant",
     "dora_scale",
     "dropout",
     "lora_linear",

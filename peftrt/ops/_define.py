@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftrt.ops import _eager
 from peftrt.ops._backend import Backend, BackendError, Choice, announce, choose, forced, wishes
+from peftrt.ops._invariant import invariant, set_invariant
 
 NAMESPACE = "peftrt"
 DEVICES = {"CPU": "cpu", "CUDA": "cuda"}
@@ -106,7 +107,7 @@ def define(
         backends: in the order in which they are asked.
         setup_context, backward: as of ``torch.library.register_autograd``; tensors are saved through
             ``ctx.save_for_backward`` only, and ``backward`` is made of registered and torch operations. It runs with
-            the backend that was forced around its forward.
+            the backend that was forced around its forward, and as invariant.
 
     Returns:
         The operation; calling it is ``torch.ops.peftrt.<name>`` with less in between.
@@ -135,12 +136,12 @@ def _gradient(
     """Registers the gradient with the dispatcher; returns the same as a function that passes it by."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.peftrt_wishes = wishes()
+        ctx.peftrt_wishes, ctx.peftrt_invariant = wishes(), invariant()
         if setup_context is not None:
             setup_context(ctx, inputs, output)
 
     def run(ctx: Any, *grads: Any) -> Any:
-        with forced(ctx.peftrt_wishes):
+        with forced(ctx.peftrt_wishes), set_invariant(ctx.peftrt_invariant):
             return backward(ctx, *grads)
 
     def forward(ctx: Any, *args: Any) -> Any:

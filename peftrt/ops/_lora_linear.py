@@ -12,6 +12,7 @@ from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
 from peftrt.ops import _lora_triton, _native
 from peftrt.ops._define import OPS, Backend, define, reference_backend
 from peftrt.ops._dora import dora_scale
+from peftrt.ops._invariant import invariant
 from peftrt.ops._seed import as_seed, check_seed
 from peftrt.ops._weight import (
     WEIGHT,
@@ -123,21 +124,21 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
     if x.dtype not in FLOAT_DTYPES:
         return f"has kernels for fp32, bf16 and fp16, not for {x.dtype}"
-    # a dense base is multiplied by torch; on a GPU nf4_linear chooses for itself
-    return _native.load() if rest[1] is not None and x.device.type == "cpu" else None
+    # a dense base is multiplied by torch, unless bits count; on a GPU nf4_linear chooses for itself
+    return _native.load() if (rest[1] is not None or invariant()) and x.device.type == "cpu" else None
 
 
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Over NF4 on a CPU one kernel sums the base's and the adapter's share."""
+    """Over NF4 on a CPU one kernel sums the base's and the adapter's share, over a dense base where bits count."""
     *weight, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale, splits = rest
-    if weight[1] is None or not x.is_cpu:
+    if not x.is_cpu or (weight[1] is None and not invariant()):
         return _added_forward(x, *rest)
     dropped = None
     if dropout_p:
         check_seed("lora_linear", "dropout_p", dropout_p, seed, x)
         dropped = _drop(x.float(), seed, dropout_p)
     lora_A, lora_B = (t.float() if t.dtype == torch.float64 else t for t in (lora_A, lora_B))
-    adapter = (lora_A, lora_B, scaling, bias, row_scale, splits)
+    adapter = (lora_A, lora_B, scaling, bias, row_scale, splits, invariant())
     return torch.ops.peftrt_cpu.nf4_lora_linear.default(x, dropped, *weight, *adapter)
 
 
@@ -252,8 +253,9 @@ def _native_backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Ten
         dy, x, xa, B, scaling, drawn, dropout_p, row_scale, needs_dA, needs_dB, splits
     )
     dx = x.new_empty(0)
-    if needs_dx and weight[1] is not None:
-        dx = torch.ops.peftrt_cpu.nf4_lora_linear_dx.default(dy, *weight, g, A, drawn, dropout_p, row_scale)
+    if needs_dx and (weight[1] is not None or invariant()):
+        rest_of_call = (g, A, drawn, dropout_p, row_scale, invariant())
+        dx = torch.ops.peftrt_cpu.nf4_lora_linear_dx.default(dy, *weight, *rest_of_call)
     elif needs_dx:
         dx = _add_adapter(_scaled(dy, row_scale) @ weight[0], g, lora_A, seed, dropout_p)
     return dx, _or_empty(dA, lora_A, needs_dA), _or_empty(dB, lora_B, needs_dB)

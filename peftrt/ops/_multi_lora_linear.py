@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
+from peftrt.ops import _multi_lora_native
 from peftrt.ops._adapter_table import AdapterTable
-from peftrt.ops._define import define, reference_backend
+from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import (
     WEIGHT,
     WeightArgs,
@@ -176,6 +177,24 @@ def _reference(x: Tensor, *rest: Any) -> Tensor:
     return reference.forward(x, *rest)
 
 
+def _native(x: Tensor, *rest: Any) -> Tensor:
+    try:
+        return _multi_lora_native.forward(x, *rest)
+    except RuntimeError:  # it looks at the table's contents itself; these are better words
+        _check(x, *rest)
+        check_contents(x, *rest)
+        raise
+
+
+def _native_out(x: Tensor, *rest: Any) -> None:
+    try:
+        _multi_lora_native.forward_out(x, *rest)
+    except RuntimeError:
+        _check_out(x, *rest)
+        check_contents(x, *rest[:-1])
+        raise
+
+
 def _check_out(x: Tensor, *rest: Any) -> None:
     *call, out = rest
     _check(x, *call)
@@ -189,6 +208,8 @@ def _check_out(x: Tensor, *rest: Any) -> None:
 def row_stride(out: Tensor) -> int | None:
     """How many elements lie between the flattened rows of ``[..., N]``; None where that is not one number."""
     n = out.shape[-1]
+    if out.numel() == 0:
+        return n
     if n > 1 and out.stride(-1) != 1:
         return None
     stride, rows = n, 1
@@ -281,7 +302,10 @@ _FORWARD = define(
     f"multi_lora_linear({_ARGUMENTS}) -> Tensor",
     check=_check,
     fake=_fake,
-    backends=(reference_backend(_reference),),
+    backends=(
+        Backend("native", _native, _multi_lora_native.unsupported, ("cpu",), strict=True),
+        reference_backend(_reference),
+    ),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -289,7 +313,10 @@ _OUT = define(
     f"multi_lora_linear.out({_ARGUMENTS}, Tensor(a!) out) -> ()",
     check=_check_out,
     fake=lambda *_: None,
-    backends=(reference_backend(_reference_out),),
+    backends=(
+        Backend("native", _native_out, _multi_lora_native.unsupported, ("cpu",), strict=True),
+        reference_backend(_reference_out),
+    ),
 )
 _BACKWARD = define(
     f"multi_lora_linear_backward(Tensor dz, Tensor x, {WEIGHT.replace('Tensor weight', 'Tensor? weight')}, "
@@ -297,5 +324,8 @@ _BACKWARD = define(
     "bool needs_dx, bool needs_dvalues) -> (Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
-    backends=(reference_backend(reference.backward),),
+    backends=(
+        Backend("native", _multi_lora_native.backward, _multi_lora_native.backward_unsupported, ("cpu",), strict=True),
+        reference_backend(reference.backward),
+    ),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.ops import _native, _panels, _paths, _triton
 from peftrt.ops._define import Backend, define, reference_backend
+from peftrt.ops._invariant import invariant
 from peftrt.ops._weight import WEIGHT, WeightArgs, autocast, check_linear, expect, weight_args
 from peftrt.reference import nf4_linear as reference
 
@@ -105,7 +106,7 @@ def _way(direction: str, x: Tensor, rest: tuple[Any, ...], *, decodes: bool = Fa
 
 
 def _native_forward(x: Tensor, *rest: Any) -> Tensor:
-    return torch.ops.peftrt_cpu.nf4_linear.default(x, *rest) if x.is_cpu else _native_cuda(x, *rest)
+    return torch.ops.peftrt_cpu.nf4_linear.default(x, *rest, invariant()) if x.is_cpu else _native_cuda(x, *rest)
 
 
 def _native_cuda(x: Tensor, *rest: Any) -> Tensor:
@@ -133,7 +134,7 @@ def _native_dx_unsupported(dy: Tensor, *_: Any) -> str | None:
 
 
 def _native_dx(*args: Any) -> Tensor:
-    return torch.ops.peftrt_cpu.nf4_linear_dx.default(*args)
+    return torch.ops.peftrt_cpu.nf4_linear_dx.default(*args, invariant())
 
 
 def _panels_forward(decode: _panels.DecodeRows, x: Tensor, *rest: Any) -> Tensor:

@@ -6,17 +6,15 @@
 // AddressSanitizer and UndefinedBehaviorSanitizer, where one byte read or written outside is an error;
 // tests/test_native_emulated.py for another CPU than this one.
 #include "cpu/kernels.h"
+#include "fuzz_multi_lora.h"
 #include "fuzz_values.h"
 #include "nf4.h"
 
 namespace {
 
-using peftrt::cpu::Base;
 using peftrt::cpu::Dropout;
-using peftrt::cpu::Kernels;
 using peftrt::cpu::LowRank;
 using peftrt::cpu::LowRankGradient;
-using peftrt::cpu::Parts;
 using peftrt::cpu::Weight;
 
 uint32_t mix(uint32_t word) {
@@ -78,7 +76,7 @@ struct RandomParts {
 };
 
 // nf4_linear with an adapter of its own, beside a base whose exact results are `want`.
-int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, const Bytes& x, const Bytes* bias,
+int run_adapter(const Kernels& kernels, const Case& c, const Base& base, const Bytes& x, const Bytes* bias,
                 std::vector<double> want, std::vector<double> magnitude, const Parallel& parallel) {
   const int64_t rank = pick({0, 1, 2, 3, 7, 8, 9, 12, 13, 16, 17, 40, 64, 65, 130, 300});
   const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
@@ -105,8 +103,8 @@ int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, con
                            0.375f,
                            scales ? floats(row_scale) : nullptr,
                            floats(xa)};
-  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), bias == nullptr ? nullptr : bias->get(), &adapter, y.get(),
-                     parallel);
+  kernels.linear(base, c.dtype, c.m, x.get(), bias == nullptr ? nullptr : bias->get(), &adapter, generator() % 2,
+                 y.get(), parallel);
 
   std::vector<double> xa_want(size_t(c.m * columns)), xa_magnitude(xa_want);
   for (int64_t i = 0; i < c.m * columns; ++i)
@@ -116,7 +114,7 @@ int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, con
       const double product = seen * read(a, a_dtype, i % columns * c.k + k);
       xa_want[size_t(i)] += product, xa_magnitude[size_t(i)] += std::fabs(product);
     }
-  if (compare("nf4_linear, x A^T", wide, xa, xa_want, xa_magnitude)) return 1;
+  if (compare("linear, x A^T", wide, xa, xa_want, xa_magnitude)) return 1;
   for (int64_t i = 0; i < c.m * c.n; ++i)
     for (int64_t r = 0; r < rank; ++r) {
       const size_t at = size_t(i / c.n * columns + parts.of(i % c.n) * rank + r);
@@ -130,12 +128,12 @@ int run_adapter(const Kernels& kernels, const Case& c, const Weight& weight, con
     want[size_t(i)] = factor * (want[size_t(i)] - added) + added;
     magnitude[size_t(i)] = std::fabs(factor) * (magnitude[size_t(i)] - std::fabs(added)) + std::fabs(added);
   }
-  return compare("nf4_linear, adapter", c, y, want, magnitude);
+  return compare("linear, adapter", c, y, want, magnitude);
 }
 
 // What flows back into an adapter, and through it into dx, over a base whose values are `w`.
-int run_gradient(const Kernels& kernels, const Case& c, const Weight& weight, const std::vector<double>& w,
-                 const Bytes& x, const Bytes& dy, const Parallel& parallel) {
+int run_gradient(const Kernels& kernels, const Case& c, const Base& base, const std::vector<double>& w, const Bytes& x,
+                 const Bytes& dy, const Parallel& parallel) {
   const int64_t rank = pick({0, 1, 2, 5, 6, 7, 8, 15, 16, 17, 40, 64, 130, 300});
   const Dtype a_dtype = Dtype(generator() % 3), b_dtype = Dtype(generator() % 3);
   const Dropout dropout = random_dropout();
@@ -166,7 +164,7 @@ int run_gradient(const Kernels& kernels, const Case& c, const Weight& weight, co
   const bool needs_da = generator() % 4, needs_db = generator() % 4;
   kernels.low_rank_gradient(c.dtype, c.m, c.n, c.k, dy.get(), x.get(), floats(xa), adapter,
                             needs_da ? floats(da) : nullptr, needs_db ? floats(db) : nullptr, parallel);
-  kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), &adapter, dx.get(), parallel);
+  kernels.linear_dx(base, c.dtype, c.m, dy.get(), &adapter, generator() % 2, dx.get(), parallel);
 
   const auto at_dy = [&](int64_t m, int64_t n) {
     return read(dy, c.dtype, m * c.n + n) * (scales ? read(row_scale, wide.dtype, n) : 1.0);
@@ -193,14 +191,14 @@ int run_gradient(const Kernels& kernels, const Case& c, const Weight& weight, co
     db_want.value.push_back(all.value[at]), db_want.magnitude.push_back(all.magnitude[at]);
   }
   if (needs_db && compare("dB", wide, db, db_want.value, db_want.magnitude)) return 1;
-  Sums base = product(c.m, c.n, c.k, 1.0, at_dy, [&](int64_t n, int64_t k) { return w[size_t(n * c.k + k)]; });
+  Sums sums = product(c.m, c.n, c.k, 1.0, at_dy, [&](int64_t n, int64_t k) { return w[size_t(n * c.k + k)]; });
   const Sums through = product(c.m, columns, c.k, 1.0, at_g, at_a);
   for (int64_t i = 0; i < c.m * c.k; ++i) {
     const double factor = share(i / c.k, i % c.k);
-    base.value[size_t(i)] += factor * through.value[size_t(i)];
-    base.magnitude[size_t(i)] += factor * through.magnitude[size_t(i)];
+    sums.value[size_t(i)] += factor * through.value[size_t(i)];
+    sums.magnitude[size_t(i)] += factor * through.magnitude[size_t(i)];
   }
-  return compare("nf4_linear_dx, adapter", c, dx, base.value, base.magnitude);
+  return compare("linear_dx, adapter", c, dx, sums.value, sums.magnitude);
 }
 
 // The norms of the rows of an NF4 weight, of its values in `dense` (of c.dtype) and of those column by column.
@@ -308,7 +306,11 @@ int run_case(const Kernels& kernels, const Case& c) {
       y(size_t(c.m * c.n) * width(c.dtype));
   for (int64_t i = 0; i < c.m * c.k; ++i) write_small(x, c.dtype, i);
   for (int64_t i = 0; i < c.n; ++i) write_small(bias, c.dtype, i);
-  kernels.nf4_linear(weight, c.dtype, c.m, x.get(), c.bias ? bias.get() : nullptr, nullptr, y.get(), parallel);
+  const Base nf4 = {&weight, c.dtype, nullptr, c.n, c.k, 0, false};
+  const Base values = {nullptr, c.dtype, dense.get(), c.n, c.k, c.k, false};
+  const Base& base = generator() % 2 ? nf4 : values;
+  kernels.linear(base, c.dtype, c.m, x.get(), c.bias ? bias.get() : nullptr, nullptr, generator() % 2, y.get(),
+                 parallel);
   std::vector<double> want(size_t(c.m * c.n)), magnitude(want);
   for (int64_t i = 0; i < c.m * c.n; ++i) {
     const int64_t m = i / c.n, n = i % c.n;
@@ -319,19 +321,22 @@ int run_case(const Kernels& kernels, const Case& c) {
     }
     want[size_t(i)] = sum, magnitude[size_t(i)] = absolute;
   }
-  if (compare("nf4_linear", c, y, want, magnitude)) return 1;
-  if (run_adapter(kernels, c, weight, x, c.bias ? &bias : nullptr, want, magnitude, parallel)) return 1;
+  if (compare("linear", c, y, want, magnitude)) return 1;
+  if (run_adapter(kernels, c, base, x, c.bias ? &bias : nullptr, want, magnitude, parallel)) return 1;
 
   Bytes dy(size_t(c.m * c.n) * width(c.dtype)), dx(size_t(c.m * c.k) * width(c.dtype));
   for (int64_t i = 0; i < c.m * c.n; ++i) write_small(dy, c.dtype, i);
-  kernels.nf4_linear_dx(weight, c.dtype, c.m, dy.get(), nullptr, dx.get(), parallel);
+  kernels.linear_dx(base, c.dtype, c.m, dy.get(), nullptr, generator() % 2, dx.get(), parallel);
   const Sums dx_want = product(
       c.m, c.n, c.k, 1.0, [&](int64_t m, int64_t n) { return read(dy, c.dtype, m * c.n + n); },
       [&](int64_t n, int64_t k) { return w[size_t(n * c.k + k)]; });
-  if (compare("nf4_linear_dx", c, dx, dx_want.value, dx_want.magnitude)) return 1;
-  if (run_gradient(kernels, c, weight, w, x, dy, parallel)) return 1;
+  if (compare("linear_dx", c, dx, dx_want.value, dx_want.magnitude)) return 1;
+  if (run_gradient(kernels, c, base, w, x, dy, parallel)) return 1;
   if (run_weight_norm(kernels, c, weight, dense, parallel)) return 1;
   if (run_row_scale_gradient(kernels, c, dy, y, c.bias ? &bias : nullptr, parallel)) return 1;
+  const RandomParts random(c.n);
+  if (run_multi(kernels, c, {&nf4, &values, nullptr}, w, x, dy, c.bias ? &bias : nullptr, random.get(), parallel))
+    return 1;
   return run_conversions(kernels, c);
 }
 

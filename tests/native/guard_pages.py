@@ -55,6 +55,19 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
     adapted = torch.ops.peftrt_cpu.nf4_lora_linear(
         floats(m, k), None, *weight[:4], n, k, block_size, lora_A, lora_B, 0.5, None, None
     )
+    pages = torch.zeros(1, 1, 2, dtype=torch.int64)
+    pairs = (floats(9, n + k).reshape(-1), torch.full((1, 1), 9, dtype=torch.int32))
+    pairs = (*pairs, pages + torch.tensor([0, 8 * k]), pages + 9 * k + torch.tensor([0, 8 * n]), torch.ones(1, 1))
+    slots, vectors = torch.arange(m, dtype=torch.int32) % 2 - 1, at_the_end(4 * (k + 2 * n), torch.float32, (-1,))
+    starts = torch.tensor([[0, k, k + n]])
+    multi = []
+    for base in ((*weight[:4], n, k, block_size), (floats(n, k), None, None, None, n, k, 0)):
+        rows, bias, out = floats(m, k), floats(1, n).reshape(-1), floats(m, n, "nan")
+        for invariant in (False, True):
+            call = (*base, *pairs, vectors, starts, [n], slots, bias, out, invariant)
+            torch.ops.peftrt_cpu.multi_lora_linear.out(rows, *call)
+            backward = (*base, *pairs, [n], slots, True, True, invariant)
+            multi += [out.clone(), *torch.ops.peftrt_cpu.multi_lora_linear_backward(floats(m, n), rows, *backward)]
     norms = torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, block_size, lora_A, lora_B, 0.5)
     flat = floats(n, k)
     of_dense = torch.ops.peftrt_cpu.lora_weight_norm(flat, None, None, None, n, k, 0, lora_A, lora_B, 0.5)
@@ -73,6 +86,7 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
         y,
         dx,
         *adapted,
+        *multi,
         norms,
         of_dense,
         of_columns,

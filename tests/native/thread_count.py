@@ -34,6 +34,15 @@ if __name__ == "__main__":
             torch.ops.peftrt_cpu.nf4_lora_linear(
                 torch.ones(m, k), None, *weight[:4], n, k, 64, lora_A, lora_B, 1.0, None, None
             )
+            # slots 0 and 1 share their pages: of A the values from 0 on, of B^T those behind them
+            pairs = (torch.ones(8 * (n + k)), torch.full((2, 1), 8, dtype=torch.int32))
+            pages = torch.zeros(2, 1, 1, dtype=torch.int64)
+            table = (*pairs, pages, pages + 8 * k, torch.ones(2, 1))
+            slots = torch.arange(m, dtype=torch.int32) % 3 - 1
+            for base in ((*weight[:4], n, k, 64), (torch.ones(n, k), None, None, None, n, k, 0)):
+                torch.ops.peftrt_cpu.multi_lora_linear(torch.ones(m, k), *base, *table, None, None, [n], slots, None)
+                gradient = torch.ops.peftrt_cpu.multi_lora_linear_backward
+                gradient(torch.ones(m, n), torch.ones(m, k), *base, *table, [n], slots, True, True)
             torch.ops.peftrt_cpu.row_scale_gradient(torch.ones(m, n), torch.ones(m, n), None, torch.ones(n))
             torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, 64, lora_A, lora_B, 1.0)
         dense = torch.empty(n, k)
