@@ -7,6 +7,7 @@ rows that blocks straddle, nested scales and plain ones, each range of M.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from peftrt import BackendError, NF4Weight, backend, ops
 from peftrt.ops._weight import weight_args
 from peftrt.reference.dropout import keep_mask
 
+FEW = 64  # rows that adapters of many slots, and one without dropout, have kernels for
 DEFAULT = "default"  # whatever the package chooses by itself
 BACKENDS = {"cuda": ("native", "triton", DEFAULT), "cpu": ("native", DEFAULT)}
 
@@ -101,6 +103,9 @@ def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callabl
             for base in ("nf4", "dense"):
                 what = f"lora_linear M={M} {base} {_name(size, dtype)}"
                 yield name, what, lambda c=case, base=base: _lora(base, *c)
+            if M <= FEW:
+                yield name, f"lora_linear alone M={M} {_name(size, dtype)}", lambda c=case: _lora_alone(*c)
+                yield name, f"multi_lora_linear M={M} {_name(size, dtype)}", lambda c=case: _multi_lora(*c)
 
 
 def _name(size: Weight, dtype: torch.dtype) -> str:
@@ -181,6 +186,69 @@ def _lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str) -> s
     words = [_far(actual.detach(), true) for actual, true in zip((y, *grads, norm), expected, strict=True)]
     names = ("y", "dx", "dA", "dB", "norm")
     return "; ".join(f"{name}: {word}" for name, word in zip(names, words, strict=True) if word)
+
+
+def _lora_alone(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    """y of a call without dropout, by factors of its rows and in two maps."""
+    weight = _weight(size)
+    x, bias = _normal(M, size.K, dtype=dtype, seed=2), _normal(size.N, dtype=dtype, seed=3)
+    scale = _normal(size.N, dtype=torch.float32, seed=8)
+    splits = (size.N // 3, size.N - size.N // 3)
+    A, B = _normal(2 * RANK, size.K, dtype=dtype, seed=5), _normal(size.N, RANK, dtype=dtype, seed=6)
+    on_device = [tensor.to(device) for tensor in (A, B)]
+    y = ops.lora_linear(
+        x.to(device),
+        weight.to(device),
+        *on_device,
+        2.0,
+        bias.to(device),
+        row_scale=scale.to(device),
+        splits=splits,
+    )
+    xa = x.double() @ A.double().t()
+    parts = [xa[:, i * RANK : (i + 1) * RANK] @ b.double().t() for i, b in enumerate(B.split(splits))]
+    z = truth.linear(x, _decoded(weight, dtype)) + 2.0 * torch.cat(parts, 1)
+    return _far(y, z * scale.double() + bias.double())
+
+
+def _multi_lora(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    """Ranks mixed, one slot of two maps with all factors, rows without an adapter; into rows that lie apart, too."""
+    weight, K, N = _weight(size), size.K, size.N
+    splits = (N // 3, N - N // 3)
+    x, bias = _normal(M, K, dtype=dtype, seed=2), _normal(N, dtype=dtype, seed=3)
+
+    def pair(rank: int, n: int, seed: int) -> tuple[Tensor, Tensor, float]:
+        return _normal(rank, K, dtype=dtype, seed=seed), _normal(n, rank, dtype=dtype, seed=seed + 1), 0.5
+
+    vectors = [_normal(length, dtype=torch.float32, seed=20 + i) for i, length in enumerate((K, N, N))]
+    slots = [
+        ops.SlotAdapter((pair(RANK, splits[0], 10), None)),
+        ops.SlotAdapter((pair(3, splits[0], 12), pair(40, splits[1], 14)), *vectors),
+    ]
+    ids = torch.arange(M, dtype=torch.int32) % 3 - 1
+    with backend("reference"):
+        expected = ops.multi_lora_linear(
+            x.double(),
+            _decoded(weight, dtype).double(),
+            _table(slots, splits, torch.float64, "cpu"),
+            ids,
+            bias.double(),
+        )
+    args = (x.to(device), weight.to(device), _table(slots, splits, dtype, device), ids.to(device), bias.to(device))
+    apart = torch.empty(M, N + 8, dtype=dtype, device=device)[:, :N]
+    y = ops.multi_lora_linear(*args)
+    if not y.equal(ops.multi_lora_linear(*args, out=apart)):
+        return "other bits in rows that lie apart"
+    # x with factors is rounded: what that may change is a unit of x for each product
+    return _far(y, expected)
+
+
+def _table(slots: Sequence[Any], splits: Sequence[int], dtype: torch.dtype, device: str) -> Any:
+    table = ops.AdapterTable.stack(slots, splits=splits)
+    tensors = {
+        name: None if t is None else t.to(device) for name, t in vars(table).items() if name not in ("splits", "k")
+    }
+    return dataclasses.replace(table, **(tensors | {"values": tensors["values"].to(dtype)}))
 
 
 def _far(actual: Tensor, expected: Tensor) -> str:

@@ -4,119 +4,16 @@
 // Built on torch's stable ABI. Every launch is on the current stream of its tensors' device; nothing waits, memory
 // comes from torch, and so all of it can be captured in a graph. Python checks its arguments with better words; what
 // stands here keeps a bad call from reading or writing out of bounds.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "binding_cuda.h"
 
 #include <atomic>
 #include <optional>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "binding.h"
-#include "cuda/kernels.h"
-#include "nf4.h"
-
 namespace {
-
-using peftrt::cuda::Linear;
-using peftrt::cuda::Scales;
-
-const char kLibrary[] = "peftrt_cuda::";
-
-void check_launch(const char* error, const char* op) { STD_TORCH_CHECK(error == nullptr, kLibrary, op, ": ", error); }
-
-// Of a call: the device of its first tensor, which becomes the current one, and what is to lie on it.
-class Call {
- public:
-  Call(const char* op, const Tensor& first) : op_(op), device_(device_of(op, first)), guard_(device_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
-  }
-
-  const char* op() const { return op_; }
-  void* stream() const { return stream_; }
-
-  void check_here(const Tensor& tensor, const char* argument) const {
-    check(tensor.is_cuda() && tensor.get_device_index() == device_, op_, argument, "on the device of the others");
-  }
-  void check_dense(const Tensor& tensor, const char* argument) const {
-    check_here(tensor, argument);
-    check(tensor.is_contiguous(), op_, argument, "contiguous");
-  }
-
-  // The tensor, or a copy of it that is contiguous and starts at a multiple of `alignment` bytes.
-  Tensor dense(const Tensor& tensor, const char* argument, size_t alignment) const {
-    check_here(tensor, argument);
-    const Tensor whole = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-    const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % alignment == 0;
-    return aligned ? whole : torch::stable::clone(whole);
-  }
-
-  // uint8 of `count` elements.
-  Tensor bytes(const Tensor& tensor, int64_t count, const char* argument, size_t alignment = 1) const {
-    check(tensor.scalar_type() == ScalarType::Byte, op_, argument, "uint8");
-    STD_TORCH_CHECK(tensor.numel() == count, kLibrary, op_, ": ", argument, " must have ", count, " bytes, got ",
-                    tensor.numel());
-    return dense(tensor, argument, alignment);
-  }
-  uint8_t* bytes_out(const Tensor& tensor, int64_t count, const char* argument, size_t alignment = 1) const {
-    check_dense(tensor, argument);
-    check(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0, op_, argument, "aligned to 4 bytes");
-    bytes(tensor, count, argument);
-    return static_cast<uint8_t*>(tensor.mutable_data_ptr());
-  }
-
- private:
-  static int32_t device_of(const char* op, const Tensor& first) {
-    STD_TORCH_CHECK(first.is_cuda(), kLibrary, op, ": every tensor must be on one CUDA device");
-    return first.get_device_index();
-  }
-
-  const char* op_;
-  int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-const uint8_t* pointer(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
-
-int shift_of(int64_t block_size, const char* op) {
-  check_block_size(block_size, op);
-  return __builtin_ctz(unsigned(block_size));
-}
-
-// A weight's tensors, kept while its kernels are launched (the allocator keeps their memory for the stream's work).
-struct Weight {
-  std::vector<Tensor> kept;
-  const uint8_t* codes;
-  Scales scales;
-};
-Weight weight_of(const Call& call, const Tensor& codes, const Tensor& absmax,
-                 const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset,
-                 int64_t block_size, int64_t numel, size_t alignment = 1) {
-  const int shift = shift_of(block_size, call.op());
-  check(nested_absmax.has_value() == nested_offset.has_value(), call.op(), "nested_offset",
-        "given exactly when nested_absmax is");
-  const int64_t blocks = (numel + block_size - 1) / block_size;
-  Weight weight = {};
-  weight.kept.push_back(call.bytes(codes, (numel + 1) / 2, "codes", alignment));
-  weight.kept.push_back(call.bytes(absmax, nested_absmax ? blocks : 4 * blocks, "absmax", nested_absmax ? 1 : 4));
-  if (nested_absmax) {
-    const int64_t runs = (blocks + peftrt::kNestedBlock - 1) / peftrt::kNestedBlock;
-    weight.kept.push_back(call.bytes(*nested_absmax, 4 * runs, "nested_absmax", 4));
-    weight.kept.push_back(call.bytes(*nested_offset, 4, "nested_offset", 4));
-    weight.scales.nested_absmax = pointer(weight.kept[2]);
-    weight.scales.nested_offset = pointer(weight.kept[3]);
-  }
-  weight.codes = pointer(weight.kept[0]);
-  weight.scales.absmax = pointer(weight.kept[1]);
-  weight.scales.shift = shift;
-  return weight;
-}
 
 void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
                     std::optional<Tensor> nested_offset, int64_t block_size, Tensor out) {
@@ -159,43 +56,195 @@ uint64_t next_ticket() {
   return ++last;
 }
 
+// A product's operands, kept as a weight's are.
+struct Operands {
+  Linear linear;
+  Weight weight;
+  Tensor rows;
+  std::optional<Tensor> bias;
+  std::vector<int64_t> sizes;  // of the result
+};
+Operands operands_of(const Call& call, const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_offset, int64_t n,
+                     int64_t k, int64_t block_size, const std::optional<Tensor>& bias, int64_t most) {
+  check(x.dim() >= 1 && x.size(-1) == k, call.op(), "x", "[..., K]");
+  check(n >= 0 && n < 1LL << 31 && k < 1LL << 31, call.op(), "weight", "of less than 2^31 rows and columns");
+  const Dtype dtype = dtype_of(x, call.op(), "x");
+  check(dtype != Dtype::kFloat32, call.op(), "x", "bfloat16 or float16");
+  std::vector<int64_t> sizes(size_t(x.dim()), n);
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= sizes[size_t(i)] = x.size(i);
+  STD_TORCH_CHECK(m <= most, kLibrary, call.op(), ": x must be of at most ", most, " rows, got ", m);
+  // Codes that lie crookedly are copied: that takes less time than the kernel for them, and keeps the bits.
+  Operands of = {{},
+                 weight_of(call, codes, absmax, nested_absmax, nested_offset, block_size, n * k, k % 32 == 0 ? 16 : 1),
+                 call.dense(x, "x", 16),
+                 {},
+                 sizes};
+  if (bias) {
+    check(bias->dim() == 1 && bias->numel() == n && bias->scalar_type() == x.scalar_type(), call.op(), "bias",
+          "[N], of x's dtype");
+    of.bias = call.dense(*bias, "bias", 2);
+  }
+  of.linear = {dtype, of.weight.codes, of.weight.scales, of.rows.const_data_ptr(), nullptr, nullptr, m, n, k};
+  of.linear.bias = of.bias ? of.bias->const_data_ptr() : nullptr;
+  return of;
+}
+
 Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
                   std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size,
                   std::optional<Tensor> bias) {
   const Call call("nf4_linear", x);
-  check(x.dim() >= 1 && x.size(-1) == k, call.op(), "x", "[..., K]");
-  check(n >= 0 && n < 1LL << 31 && k < 1LL << 31, call.op(), "weight", "of less than 2^31 rows and columns");
-  std::vector<int64_t> sizes(size_t(x.dim()), n);
-  Linear linear = {};
-  linear.dtype = dtype_of(x, call.op(), "x");
-  linear.m = 1, linear.n = n, linear.k = k;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) linear.m *= sizes[size_t(i)] = x.size(i);
-  check(linear.dtype != Dtype::kFloat32, call.op(), "x", "bfloat16 or float16");
   int64_t most = 0;
   check_launch(peftrt::cuda::nf4_linear_rows(&most), call.op());
-  STD_TORCH_CHECK(linear.m <= most, "peftrt_cuda::nf4_linear: x must be of at most ", most, " rows, got ", linear.m);
-  const Tensor rows = call.dense(x, "x", 16);
-  // Codes that lie crookedly are copied: that takes less time than the kernel for them, and keeps the bits.
-  const Weight weight =
-      weight_of(call, codes, absmax, nested_absmax, nested_offset, block_size, n * k, k % 32 == 0 ? 16 : 1);
-  std::optional<Tensor> added;
-  if (bias) {
-    check(bias->dim() == 1 && bias->numel() == n && bias->scalar_type() == x.scalar_type(), call.op(), "bias",
-          "[N], of x's dtype");
-    added = call.dense(*bias, "bias", 2);
-  }
-  Tensor y = torch::stable::new_empty(x, sizes);
-  linear.codes = weight.codes;
-  linear.scales = weight.scales;
-  linear.x = rows.const_data_ptr();
-  linear.bias = added ? added->const_data_ptr() : nullptr;
-  linear.y = y.mutable_data_ptr();
+  Operands of = operands_of(call, x, codes, absmax, nested_absmax, nested_offset, n, k, block_size, bias, most);
+  Tensor y = torch::stable::new_empty(x, of.sizes);
+  of.linear.y = y.mutable_data_ptr();
   int64_t bytes = 0;
-  check_launch(peftrt::cuda::nf4_linear_workspace(linear, &bytes), call.op());
+  check_launch(peftrt::cuda::nf4_linear_workspace(of.linear, &bytes), call.op());
   // Given back when this returns: the allocator hands it to later work of the same stream only.
   Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  check_launch(peftrt::cuda::nf4_linear(linear, next_ticket(), workspace.mutable_data_ptr(), call.stream()), call.op());
+  check_launch(peftrt::cuda::nf4_linear(of.linear, next_ticket(), workspace.mutable_data_ptr(), call.stream()),
+               call.op());
   return y;
+}
+
+constexpr int64_t kAdapterRows = 64;
+
+// The parts' starts; the splits are checked.
+void set_parts(const Call& call, Adapters& adapters, IntHeaderOnlyArrayRef splits, int64_t n) {
+  check(splits.size() >= 1 && splits.size() <= size_t(peftrt::cuda::kMaxParts), call.op(), "splits", "1 to 8 sizes");
+  adapters.parts = int(splits.size());
+  int64_t start = 0;
+  for (size_t i = 0; i < splits.size(); ++i) {
+    check(splits[i] >= 0 && splits[i] <= n - start, call.op(), "splits", "sizes that sum to N");
+    adapters.part_start[i + 1] = int(start += splits[i]);
+  }
+  check(start == n, call.op(), "splits", "sizes that sum to N");
+}
+
+void run_multi_lora(const Call& call, const Tensor& x, Operands& of, const Adapters& adapters, Tensor& y,
+                    int64_t y_stride) {
+  of.linear.y = y.mutable_data_ptr();
+  int64_t bytes = 0;
+  check_launch(peftrt::cuda::multi_lora_workspace(of.linear, adapters, &bytes), call.op());
+  Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  check_launch(peftrt::cuda::multi_lora_linear(of.linear, adapters, y_stride, next_ticket(),
+                                               workspace.mutable_data_ptr(), call.stream()),
+               call.op());
+}
+
+// A table's tensors, kept as a weight's are. What they hold is on the device, and is not looked at here.
+struct Table {
+  Adapters adapters = {};
+  std::vector<Tensor> kept;
+
+  template <class T>
+  const T* keep(const Call& call, const Tensor& tensor, ScalarType type, std::vector<int64_t> sizes, const char* name) {
+    bool fits = tensor.scalar_type() == type && tensor.dim() == int64_t(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = tensor.size(int64_t(i)) == sizes[i];
+    check(fits, call.op(), name, "of the table's sizes, int32, int64 or float32");
+    kept.push_back(call.dense(tensor, name, sizeof(T)));
+    return static_cast<const T*>(kept.back().const_data_ptr());
+  }
+};
+
+Table table_of(const Call& call, int64_t m, int64_t n, const Tensor& values, const Tensor& ranks, const Tensor& A_pages,
+               const Tensor& B_pages, const Tensor& scaling, const std::optional<Tensor>& vectors,
+               const std::optional<Tensor>& vector_starts, IntHeaderOnlyArrayRef splits, const Tensor& slot_ids,
+               const std::optional<Tensor>& error_flag) {
+  Table table;
+  Adapters& adapters = table.adapters;
+  set_parts(call, adapters, splits, n);
+  check(ranks.dim() == 2 && A_pages.dim() == 3 && values.dim() == 1, call.op(), "ranks and A_pages",
+        "[E, P] and [E, P, W], and values [S]");
+  const int64_t slots = ranks.size(0), parts = adapters.parts, pages = A_pages.size(2);
+  check(slots < 1LL << 31 && pages <= 32, call.op(), "A_pages", "of at most 32 pages");
+  adapters.slots = slots, adapters.pages = int(pages);
+  adapters.A_dtype = adapters.B_dtype = dtype_of(values, call.op(), "values");
+  table.kept.push_back(call.dense(values, "values", adapters.A_dtype == Dtype::kFloat32 ? 4 : 2));
+  adapters.A = adapters.B = table.kept.back().const_data_ptr();
+  adapters.ranks = table.keep<int32_t>(call, ranks, ScalarType::Int, {slots, parts}, "ranks");
+  adapters.A_pages = table.keep<int64_t>(call, A_pages, ScalarType::Long, {slots, parts, pages}, "A_pages");
+  adapters.B_pages = table.keep<int64_t>(call, B_pages, ScalarType::Long, {slots, parts, pages}, "B_pages");
+  adapters.scaling = table.keep<float>(call, scaling, ScalarType::Float, {slots, parts}, "scaling");
+  adapters.slot_ids = table.keep<int32_t>(call, slot_ids, ScalarType::Int, {m}, "slot_ids");
+  check(vectors.has_value() == vector_starts.has_value(), call.op(), "vector_starts", "given exactly when vectors are");
+  if (vectors) {
+    adapters.vectors = table.keep<float>(call, *vectors, ScalarType::Float, {vectors->numel()}, "vectors");
+    adapters.vector_starts = table.keep<int64_t>(call, *vector_starts, ScalarType::Long, {slots, 3}, "vector_starts");
+  }
+  if (error_flag) {
+    check(error_flag->is_cpu() && error_flag->scalar_type() == ScalarType::Int && error_flag->numel() == 1, call.op(),
+          "error_flag", "int32 [1] in pinned memory of the host");
+    adapters.error_flag = static_cast<int32_t*>(error_flag->mutable_data_ptr());
+  }
+  return table;
+}
+
+Tensor nf4_multi_lora_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                             std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size,
+                             Tensor values, Tensor ranks, Tensor A_pages, Tensor B_pages, Tensor scaling,
+                             std::optional<Tensor> vectors, std::optional<Tensor> vector_starts,
+                             IntHeaderOnlyArrayRef splits, Tensor slot_ids, std::optional<Tensor> bias,
+                             std::optional<Tensor> error_flag) {
+  const Call call("nf4_multi_lora_linear", x);
+  Operands of = operands_of(call, x, codes, absmax, nested_absmax, nested_offset, n, k, block_size, bias, kAdapterRows);
+  const Table table = table_of(call, of.linear.m, n, values, ranks, A_pages, B_pages, scaling, vectors, vector_starts,
+                               splits, slot_ids, error_flag);
+  Tensor y = torch::stable::new_empty(x, of.sizes);
+  run_multi_lora(call, x, of, table.adapters, y, n);
+  return y;
+}
+
+// out is [M, N], at any stride of its rows.
+void nf4_multi_lora_linear_out(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                               std::optional<Tensor> nested_offset, int64_t n, int64_t k, int64_t block_size,
+                               Tensor values, Tensor ranks, Tensor A_pages, Tensor B_pages, Tensor scaling,
+                               std::optional<Tensor> vectors, std::optional<Tensor> vector_starts,
+                               IntHeaderOnlyArrayRef splits, Tensor slot_ids, std::optional<Tensor> bias,
+                               std::optional<Tensor> error_flag, Tensor out) {
+  const Call call("nf4_multi_lora_linear", x);
+  Operands of = operands_of(call, x, codes, absmax, nested_absmax, nested_offset, n, k, block_size, bias, kAdapterRows);
+  const Table table = table_of(call, of.linear.m, n, values, ranks, A_pages, B_pages, scaling, vectors, vector_starts,
+                               splits, slot_ids, error_flag);
+  call.check_here(out, "out");
+  check(out.scalar_type() == x.scalar_type() && out.dim() == 2 && out.size(0) == of.linear.m && out.size(1) == n,
+        call.op(), "out", "[M, N], of x's dtype");
+  check((n <= 1 || out.stride(1) == 1) && (of.linear.m <= 1 || out.stride(0) >= n), call.op(), "out",
+        "of rows whose elements lie together");
+  run_multi_lora(call, x, of, table.adapters, out, of.linear.m <= 1 ? n : out.stride(0));
+}
+
+// One adapter for all rows: y = row_scale * (x W^T + s x A^T B^T) + bias; beside it, in fp32, x A^T.
+std::tuple<Tensor, Tensor> nf4_lora_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
+                                           std::optional<Tensor> nested_offset, int64_t n, int64_t k,
+                                           int64_t block_size, Tensor lora_A, Tensor lora_B, double scaling,
+                                           std::optional<Tensor> bias, std::optional<Tensor> row_scale,
+                                           IntHeaderOnlyArrayRef splits) {
+  const Call call("nf4_lora_linear", x);
+  Operands of = operands_of(call, x, codes, absmax, nested_absmax, nested_offset, n, k, block_size, bias, kAdapterRows);
+  Adapters adapters = {};
+  const int64_t whole[] = {n};
+  set_parts(call, adapters, splits.size() == 0 ? IntHeaderOnlyArrayRef(whole, 1) : splits, n);
+  check(lora_B.dim() == 2 && lora_B.size(0) == n && lora_B.size(1) <= 256, call.op(), "lora_B", "[N, R], R <= 256");
+  const int64_t rank = lora_B.size(1);
+  check(lora_A.dim() == 2 && lora_A.size(0) == adapters.parts * rank && lora_A.size(1) == k, call.op(), "lora_A",
+        "[P R, K]");
+  adapters.A_dtype = dtype_of(lora_A, call.op(), "lora_A"), adapters.B_dtype = dtype_of(lora_B, call.op(), "lora_B");
+  const Tensor a = call.dense(lora_A, "lora_A", adapters.A_dtype == Dtype::kFloat32 ? 4 : 2),
+               b = call.dense(lora_B, "lora_B", adapters.B_dtype == Dtype::kFloat32 ? 4 : 2);
+  Table table;
+  if (row_scale) adapters.y_scale = table.keep<float>(call, *row_scale, ScalarType::Float, {n}, "row_scale");
+  adapters.A = a.const_data_ptr(), adapters.B = b.const_data_ptr();
+  adapters.slots = 1, adapters.pages = int((rank + peftrt::cuda::kPageRanks - 1) / peftrt::cuda::kPageRanks);
+  adapters.rank = int(rank), adapters.scale = float(scaling);
+  Tensor y = torch::stable::new_empty(x, of.sizes);
+  of.sizes.back() = adapters.parts * rank;
+  Tensor xa = torch::stable::new_empty(x, of.sizes, ScalarType::Float);
+  adapters.xa = static_cast<float*>(xa.mutable_data_ptr());
+  run_multi_lora(call, x, of, adapters, y, n);
+  return {y, xa};
 }
 
 // How many rows of x nf4_linear takes on a device.
@@ -212,11 +261,22 @@ std::string sm() { return PEFTRT_CUDA_ARCHS; }
 
 #define PEFTRT_WEIGHT "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
 
+#define PEFTRT_TABLE_CALL                                                                                          \
+  "Tensor x, " PEFTRT_WEIGHT                                                                                       \
+  "int n, int k, int block_size, Tensor values, Tensor ranks, Tensor A_pages, Tensor "                             \
+  "B_pages, Tensor scaling, Tensor? vectors, Tensor? vector_starts, int[] splits, Tensor slot_ids, Tensor? bias, " \
+  "Tensor? error_flag"
+
 STABLE_TORCH_LIBRARY(peftrt_cuda, m) {
   m.def("nf4_dequantize(" PEFTRT_WEIGHT "int block_size, Tensor(a!) out) -> ()");
   m.def("nf4_quantize(Tensor weight, int block_size, Tensor(a!) codes, Tensor(b!) absmax) -> ()");
   m.def("nf4_quantize_scales(Tensor absmax, Tensor offset, Tensor(a!) codes, Tensor(b!) nested_absmax) -> ()");
   m.def("nf4_linear(Tensor x, " PEFTRT_WEIGHT "int n, int k, int block_size, Tensor? bias) -> Tensor");
+  m.def("nf4_multi_lora_linear(" PEFTRT_TABLE_CALL ") -> Tensor");
+  m.def("nf4_multi_lora_linear_out(" PEFTRT_TABLE_CALL ", Tensor(a!) out) -> ()");
+  m.def("nf4_lora_linear(Tensor x, " PEFTRT_WEIGHT
+        "int n, int k, int block_size, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? row_scale, "
+        "int[] splits) -> (Tensor, Tensor)");
   m.def("nf4_linear_rows(int device) -> int");
   m.def("sm() -> str");
 }
@@ -226,6 +286,9 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cuda, CUDA, m) {
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
   m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
+  m.impl("nf4_multi_lora_linear", TORCH_BOX(&nf4_multi_lora_linear));
+  m.impl("nf4_multi_lora_linear_out", TORCH_BOX(&nf4_multi_lora_linear_out));
+  m.impl("nf4_lora_linear", TORCH_BOX(&nf4_lora_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftrt_cuda, CompositeExplicitAutograd, m) {

@@ -26,6 +26,9 @@ THREADS = {
     "dequantize": 1024,
     "quantize": 1024,
     "quantize_scales": 1024,
+    "multi_linear_kernel": 512,
+    "multi_linear_any": 512,
+    "shrink": 512,
 }
 PRODUCERS = 128  # of a block of wide_kernel, which gives its registers to the others
 
@@ -98,10 +101,14 @@ def test_nothing_is_spilt_and_registers_fit(kernels: list[Kernel]) -> None:
         assert kernel.number(r"Used (\d+) registers") * kernel.threads <= REGISTERS, kernel.report
 
 
-def test_products_are_tensor_cores_and_copies_are_16_bytes(kernels: list[Kernel]) -> None:
+FEW_ROWS = pytest.mark.parametrize("family", ["linear_kernel", "multi_linear_kernel"])
+
+
+@FEW_ROWS
+def test_products_are_tensor_cores_and_copies_are_16_bytes(family: str, kernels: list[Kernel]) -> None:
     # both dtypes; 8 ... 32 rows with scales by 32 and by 64 columns, 64 rows with the first
-    assert len(linear(kernels)) == 2 * (2 * 3 + 1)
-    for kernel in linear(kernels):
+    assert len(linear(kernels, family)) == 2 * (2 * 3 + 1)
+    for kernel in linear(kernels, family):
         assert sass.count(kernel.code, "HMMA") > 0, kernel.name
         assert sass.count(kernel.code, "LDSM") > 0, kernel.name
         copies = [text for kind, text in kernel.code if kind == "instruction" and text.startswith("LDGSTS")]
@@ -110,8 +117,9 @@ def test_products_are_tensor_cores_and_copies_are_16_bytes(kernels: list[Kernel]
         assert sass.count(kernel.code, "LDL", "STL") == 0, kernel.name
 
 
-def test_a_look_up_is_two_instructions_and_nothing_branches(kernels: list[Kernel]) -> None:
-    for kernel in linear(kernels):
+@FEW_ROWS
+def test_a_look_up_is_two_instructions_and_nothing_branches(family: str, kernels: list[Kernel]) -> None:
+    for kernel in linear(kernels, family):
         block = next(block for block in basic_blocks(kernel.code) if any(text.startswith("HMMA") for text in block))
         # a lane looks 16 bytes up for 32 columns of 32 rows, and does so twice where the loop is unrolled
         permutations = sum(text.startswith("PRMT") for text in block)
@@ -124,6 +132,23 @@ def test_a_look_up_is_two_instructions_and_nothing_branches(kernels: list[Kernel
         else:
             assert len(look_ups) == permutations, kernel.name
             assert permutations in (16, 32), kernel.name
+
+
+def test_adapters_are_read_16_bytes_at_a_time_all_of_a_page_at_once(kernels: list[Kernel]) -> None:
+    """By each dtype of values, pages of B by columns and one adapter's B by ranks; and asked for before the steps."""
+    for kernel in linear(kernels, "multi_linear_kernel"):
+        texts = [text for kind, text in kernel.code if kind == "instruction"]
+        prefetched = [i for i, text in enumerate(texts) if text.startswith("CCTL.E.PF2")]
+        products = [i for i, text in enumerate(texts) if text.startswith("HMMA")]
+        assert prefetched, kernel.name
+        assert max(prefetched) < products[0], kernel.name
+        loads = [i for i, text in enumerate(texts) if text.startswith("LDG.E.128") and i > products[-1]]
+        assert len(loads) >= 2 * 3 * 8, (kernel.name, len(loads))
+    for kernel in linear(kernels, "shrink"):
+        texts = [text for kind, text in kernel.code if kind == "instruction"]
+        assert sum(text.startswith("LDG.E.128") for text in texts) >= 1 + 8, kernel.name
+        # 8 ranks of a warp are added up by 9 exchanges
+        assert sum(text.startswith("SHFL.BFLY") for text in texts) in (9, 18), kernel.name
 
 
 def test_products_of_many_rows_are_wgmma_from_registers(kernels: list[Kernel]) -> None:

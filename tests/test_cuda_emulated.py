@@ -25,13 +25,17 @@ SHARE = 20  # one in so many cases: every lane of every warp is a fiber
 
 
 def build_emulated(directory: Path, csrc: Path, flags: tuple[str, ...]) -> Path:
-    """fuzz_cuda.cpp with the kernels of csrc/cuda as C++ and those of csrc/cpu to compare with."""
+    """fuzz_cuda*.cpp with the kernels of csrc/cuda as C++ and those of csrc/cpu to compare with."""
     compiler = _build.find_compiler()
     if compiler is None or not works(compiler, flags, directory):
         pytest.skip(f"no C++ compiler, or one without {' '.join(flags)}")
     includes = [f"-I{path}" for path in (EMULATOR, NATIVE, csrc)]
     common = [*compiler, "-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-Wno-unknown-pragmas", *includes, *flags]
-    sources = [*sorted(EMULATOR.glob("*.cpp")), NATIVE / "fuzz_cuda.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    sources = [
+        *sorted(EMULATOR.glob("*.cpp")),
+        *sorted(NATIVE.glob("fuzz_cuda*.cpp")),
+        *sorted((csrc / "cuda").glob("*.cu")),
+    ]
     units = [(source.stem, source, ("-x", "c++")) for source in sources]
     units += [(f"cpu_{unit.name}", unit.source, unit.flags) for unit in _build.kernel_units(csrc, machine="other")]
     jobs = [[*common, *extra, "-c", str(source), "-o", str(directory / f"{name}.o")] for name, source, extra in units]

@@ -57,6 +57,9 @@ OP_HELPERS = {
     "_paths",
     "_panels",
     "_lora_triton",
+    "_lora_cuda",
+    "_multi_lora_cuda",
+    "_device_flag",
     "_scratch",
 }
 

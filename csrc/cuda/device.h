@@ -16,7 +16,8 @@
 #define PEFTRT_BOTH __host__ __device__ __forceinline__
 #define PEFTRT_KERNEL __global__
 #define PEFTRT_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define PEFTRT_TABLE __device__ const  // an array at namespace scope, read by run-time index
+#define PEFTRT_CONSTANT const __grid_constant__  // of a kernel's argument that is read by run-time index
+#define PEFTRT_TABLE __device__ const            // an array at namespace scope, read by run-time index
 
 namespace peftrt::cuda {
 
@@ -135,6 +136,8 @@ PEFTRT_DEVICE Vector load_of_blocks(const Vector* from) {
   return {{value.x, value.y, value.z, value.w}};
 }
 PEFTRT_DEVICE uint64_t load_of_blocks(const uint64_t* from) { return *const_cast<const volatile uint64_t*>(from); }
+// Asks for the 32 bytes around an address, so that they are in the L2 when they are read.
+PEFTRT_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" : : "l"(from)); }
 // Memory that nobody on this device reads soon.
 PEFTRT_DEVICE void store_streaming(Vector* to, Vector value) {
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
@@ -175,6 +178,9 @@ PEFTRT_DEVICE float fused_multiply_add(float a, float b, float c) { return __fma
 PEFTRT_DEVICE float reciprocal(float a) { return __frcp_rn(a); }
 PEFTRT_DEVICE uint32_t float_bits(float a) { return __float_as_uint(a); }
 PEFTRT_DEVICE float bits_float(uint32_t a) { return __uint_as_float(a); }
+
+// The compiler knows nothing of the value any more: what is computed of it stays where it stands.
+PEFTRT_DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
 
 struct Bf16 {
   uint16_t bits;

@@ -54,4 +54,37 @@ const char* nf4_linear_workspace(const Linear& linear, int64_t* bytes);
 // `ticket` is a number that no call before had, by which the workspace is told from the bytes that were there before.
 const char* nf4_linear(const Linear& linear, uint64_t ticket, void* workspace, void* stream);
 
+// Low-rank adapters, another one for each row of x: the tables of peftrt/ops/_adapter_table.py. A page is 8 ranks of
+// one part: of A [8, k], of B [8, that part's outputs]; it begins anywhere. Behind a slot's rank nothing is read.
+constexpr int kPageRanks = 8;
+constexpr int kMaxParts = 8;
+struct Adapters {
+  Dtype A_dtype, B_dtype;
+  const void *A, *B;                 // the values that pages are in
+  const int32_t* ranks;              // [slots, parts]
+  const int64_t *A_pages, *B_pages;  // [slots, parts, pages], in elements
+  const float* scaling;              // [slots, parts]
+  const float* vectors;              // or null
+  const int64_t* vector_starts;      // [slots, 3], of a slot's factors of x [k] and of y [n] and its bias [n]; -1: none
+  const int32_t* slot_ids;           // [m]; -1: no adapter
+  int32_t* error_flag;               // or null: set to 1 where an id is no slot, which counts as -1
+  int64_t slots;
+  int parts, pages;
+  int part_start[kMaxParts + 1];  // in the outputs, of fewer than 2^31; the last is n
+
+  // One adapter for all rows, in the place of a table (ranks is null, and so are pages, scaling, vectors and ids): A is
+  // [parts * rank, k], B is [n, rank].
+  int rank;
+  float scale;
+  const float* y_scale;  // [n] or null
+  float* xa;             // [m, parts * rank] or null: x A^T is written there
+};
+
+// y_i = y_scale_e * (x'_i W^T + scaling_e * (x'_i A_e^T) B_e^T) + bias + bias_e with e = slot_ids[i] and x'_i = x_i *
+// x_scale_e, rounded; for 64 rows at most. Rows of y are `y_stride` elements apart. Two launches whatever the table
+// holds. Sums are in fp32, one order of them for a row whatever the others are, and one rounding at the end.
+const char* multi_lora_workspace(const Linear& linear, const Adapters& adapters, int64_t* bytes);
+const char* multi_lora_linear(const Linear& linear, const Adapters& adapters, int64_t y_stride, uint64_t ticket,
+                              void* workspace, void* stream);
+
 }  // namespace peftrt::cuda

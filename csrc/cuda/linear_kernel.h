@@ -19,12 +19,20 @@
 
 namespace peftrt::cuda {
 
-// One block of the grid. kTiles: rows of x by 8. kUnit: columns that surely have one scale, 32 or 64.
-template <class T, int kTiles, int kUnit>
+// What is done with a tile's sums but for the bias: nothing. adapter_share.h has another.
+struct NothingMore {
+  static constexpr bool kAny = false;
+  static constexpr int kBytes = 0;  // of shared memory
+};
+
+// One block of the grid. kTiles: rows of x by 8. kUnit: columns that surely have one scale, 32 or 64. Where more is
+// done with sums, it is done when the block has no more steps: it needs the registers that steps have.
+template <class T, int kTiles, int kUnit, class More = NothingMore>
 class LinearBlock {
  public:
-  PEFTRT_DEVICE explicit LinearBlock(const Product& product)
+  PEFTRT_DEVICE explicit LinearBlock(const Product& product, const More& added = {})
       : p(product),
+        more(added),
         shared(shared_memory()),
         thread(thread_index()),
         lane(thread % 32),
@@ -40,6 +48,7 @@ class LinearBlock {
 #pragma unroll 1
     for (int i = 0; i + 1 < kStages; ++i) load_stage();
     load_scales(computing);
+    if constexpr (More::kAny) more.start(shared + kLayout.more, begin, end);
     fill_tables();
     sync_block();
     int part_begin = computing.step;
@@ -58,10 +67,14 @@ class LinearBlock {
       }
       computing = next;
     }
+    if constexpr (More::kAny) {
+      sync_block();
+      more.finish(shared + kLayout.more, sums(), begin, end, [&](int tile, int of) { return part(of, tile); });
+    }
   }
 
  private:
-  static constexpr LinearLayout kLayout = linear_layout(kArchitecture, kTiles);
+  static constexpr LinearLayout kLayout = linear_layout(kArchitecture, kTiles, More::kBytes);
   static constexpr int kStages = kLayout.stages;
   // Where little is multiplied, look-ups are the bound: a quarter of the weights goes without.
   static constexpr bool kMixed = kTiles == 1;
@@ -213,7 +226,13 @@ class LinearBlock {
       }
       sync_block();
     }
-    if (whole) {
+    if constexpr (More::kAny) {
+      if (whole) {
+        store_sums(more.sums_of(tile));
+      } else if (part_is_last(tile)) {
+        more.has(shared + kLayout.more, tile * p.schedule.steps <= p.schedule.start(block));
+      }
+    } else if (whole) {
       for_results(tile, [&](int m, int row) { return sums()[m * kSumPitch + row]; });
     } else if (part_is_last(tile)) {
       const int first = p.schedule.first_owner(tile), last = p.schedule.last_owner(tile);
@@ -256,12 +275,15 @@ class LinearBlock {
     return p.parts + int64_t(p.schedule.part_slot(of, tile)) * p.m * kTileRows;
   }
 
+  PEFTRT_DEVICE void store_sums(float* to) const {
+    for (int i = thread; i < p.m * kTileRows; i += kLinearThreads)
+      to[i] = sums()[i / kTileRows * kSumPitch + i % kTileRows];
+  }
+
   // Writes this block's part of a tile; true for the block that comes last, which then adds up all parts, its own too,
   // in the order of their columns: who comes last changes no bit, and nobody waits.
   PEFTRT_DEVICE bool part_is_last(int tile) const {
-    float* own = part(block, tile);
-    for (int i = thread; i < p.m * kTileRows; i += kLinearThreads)
-      own[i] = sums()[i / kTileRows * kSumPitch + i % kTileRows];
+    store_sums(part(block, tile));
     bool& last = *reinterpret_cast<bool*>(shared + kLayout.flag);
     sync_block();
     if (thread == 0) {
@@ -275,6 +297,7 @@ class LinearBlock {
   }
 
   const Product& p;
+  More more;
   uint8_t* const shared;
   const int thread, lane, block;
   const Policy once;

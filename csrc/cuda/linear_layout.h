@@ -27,18 +27,20 @@ constexpr int shared_limit(int arch) {
 // product does not fit the architecture.
 struct LinearLayout {
   int table_stride;  // of one byte's pair of levels, which 32 lanes have a copy of
-  int dynamic, flag, sums, scales, codes;
+  int dynamic, flag, more, sums, scales, codes;
   int stage, input, stages, size;  // `input`: from the start of a stage
 };
 
-constexpr LinearLayout linear_layout(int arch, int tiles) {
+// `more`: bytes, a multiple of 128, for what is done with sums beside (linear_kernel.h).
+constexpr LinearLayout linear_layout(int arch, int tiles, int more = 0) {
   LinearLayout layout = {};
   const int limit = shared_limit(arch);
   // A stride of 256 bytes makes an address of a byte of codes in one instruction, and wastes half of the table.
   layout.table_stride = limit > 128 * 1024 ? 256 : 128;
   layout.dynamic = kFixedAddress + 256 * layout.table_stride;
   layout.flag = layout.dynamic + 256 * 4;
-  layout.sums = layout.flag + 128;
+  layout.more = layout.flag + 128;
+  layout.sums = layout.more + more;
   layout.scales = layout.sums + 8 * tiles * kSumPitch * 4;
   layout.codes = layout.scales + 2 * kMaxUnits * kTileRows * 4;
   layout.input = kTileRows * kCodeRow;

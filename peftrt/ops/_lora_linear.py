@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
-from peftrt.ops import _lora_triton, _native
+from peftrt.ops import _lora_cuda, _lora_triton, _native
 from peftrt.ops._define import OPS, Backend, define, reference_backend
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._invariant import invariant
@@ -129,7 +129,11 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 
 
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Over NF4 on a CPU one kernel sums the base's and the adapter's share, over a dense base where bits count."""
+    """One kernel sums the base's and the adapter's share: on a CPU over NF4, and over a dense base where bits count; on a
+    GPU over NF4 for a few rows.
+    """
+    if x.is_cuda and _lora_cuda.unsupported(x, *rest) is None:
+        return _lora_cuda.forward(x, *rest)
     *weight, lora_A, lora_B, scaling, bias, dropout_p, seed, row_scale, splits = rest
     if not x.is_cpu or (weight[1] is None and not invariant()):
         return _added_forward(x, *rest)
@@ -301,6 +305,10 @@ def _triton_unsupported(x: Tensor, *rest: Any) -> str | None:
     return _lora_triton.unsupported(x, rest[-1])
 
 
+def _slower_forward(x: Tensor, *rest: Any) -> str | None:
+    return None if _lora_cuda.chosen(x, *rest) else _slower(x, *rest)
+
+
 def _slower(x: Tensor, *rest: Any) -> str | None:
     return _lora_triton.slower(x, rest[-1])
 
@@ -311,7 +319,7 @@ _FORWARD = define(
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_slower),
+        Backend("native", _native_forward, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_slower_forward),
         Backend("triton", _lora_triton.forward, _triton_unsupported, ("cuda",)),
         reference_backend(reference.forward),
     ),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _multi_lora_native
+from peftrt.ops import _multi_lora_cuda, _multi_lora_native
 from peftrt.ops._adapter_table import AdapterTable
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import (
@@ -178,6 +178,8 @@ def _reference(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _native(x: Tensor, *rest: Any) -> Tensor:
+    if not x.is_cpu:
+        return _multi_lora_cuda.run(x, *rest)
     try:
         return _multi_lora_native.forward(x, *rest)
     except RuntimeError:  # it looks at the table's contents itself; these are better words
@@ -187,12 +189,23 @@ def _native(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _native_out(x: Tensor, *rest: Any) -> None:
+    if not x.is_cpu:
+        return _multi_lora_cuda.run_out(row_stride(rest[-1]) or 0, x, *rest)
     try:
-        _multi_lora_native.forward_out(x, *rest)
+        return _multi_lora_native.forward_out(x, *rest)
     except RuntimeError:
         _check_out(x, *rest)
         check_contents(x, *rest[:-1])
         raise
+
+
+def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
+    return _multi_lora_native.unsupported(x, *rest) if x.is_cpu else _multi_lora_cuda.unsupported(x, *rest)
+
+
+def _native_declines(x: Tensor, *rest: Any) -> str | None:
+    """A call that the CUDA kernel would refuse is not tried: many rows would pay for the exception each time."""
+    return None if x.is_cpu else _multi_lora_cuda.unsupported(x, *rest)
 
 
 def _check_out(x: Tensor, *rest: Any) -> None:
@@ -303,7 +316,7 @@ _FORWARD = define(
     check=_check,
     fake=_fake,
     backends=(
-        Backend("native", _native, _multi_lora_native.unsupported, ("cpu",), strict=True),
+        Backend("native", _native, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_native_declines),
         reference_backend(_reference),
     ),
     setup_context=_setup_context,
@@ -314,7 +327,7 @@ _OUT = define(
     check=_check_out,
     fake=lambda *_: None,
     backends=(
-        Backend("native", _native_out, _multi_lora_native.unsupported, ("cpu",), strict=True),
+        Backend("native", _native_out, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_native_declines),
         reference_backend(_reference_out),
     ),
 )

@@ -45,6 +45,9 @@ class Limits(NamedTuple):
 # - lora, y and dX over NF4: as above, but the adapter's share costs PANELS a write and a read more of the result: on an
 #   H200 412 / K of the products' time, a tenth at K = 4096 (306 / K on an A100, 562 on a B200, 493 on an MI300X). In a
 #   tile it is nothing to speak of. Limits are higher where a tenth matters.
+# - lora and many adapters by DECODE: the base's kernel for 64 rows and fewer and a launch before it, of forward passes
+#   without dropout. At 28672 x 4096 and R = 16 some 16 us are counted for it, 27 for a tile of Triton's
+#   (csrc/cuda/adapter_share.h).
 # - lora_dense, over a dense base: up to some 206 rows on an H200 both ways are bound by reading W, and TILE passes over
 #   y once. With more, a tile of 128 x 128 takes 67 bytes a clock from the L2 at the tensor cores' peak, more than the
 #   64 that a multiprocessor is given; cuBLAS shares them in clusters.
@@ -54,7 +57,7 @@ TABLE: dict[str, dict[tuple[str, int], Limits]] = {
         ("dx", 2): Limits(0, 255),
         ("forward", 4): Limits(0, 127),
         ("dx", 4): Limits(0, 127),
-        ("lora", 2): Limits(0, 255),
+        ("lora", 2): Limits(NATIVE_ROWS, 255),
         ("lora", 4): Limits(0, 127),
         ("lora_dense", 2): Limits(0, 255),
         ("lora_dense", 4): Limits(0, 127),
@@ -64,7 +67,7 @@ TABLE: dict[str, dict[tuple[str, int], Limits]] = {
         ("dx", 2): Limits(0, 511),
         ("forward", 4): Limits(0, 127),
         ("dx", 4): Limits(0, 127),
-        ("lora", 2): Limits(0, 639),
+        ("lora", 2): Limits(NATIVE_ROWS, 639),
         ("lora", 4): Limits(0, 127),
         ("lora_dense", 2): Limits(0, 255),
         ("lora_dense", 4): Limits(0, 127),
@@ -74,7 +77,7 @@ TABLE: dict[str, dict[tuple[str, int], Limits]] = {
         ("dx", 2): Limits(0, 255),
         ("forward", 4): Limits(0, 127),
         ("dx", 4): Limits(0, 127),
-        ("lora", 2): Limits(0, 255),
+        ("lora", 2): Limits(NATIVE_ROWS, 255),
         ("lora", 4): Limits(0, 127),
         ("lora_dense", 2): Limits(0, 255),
         ("lora_dense", 4): Limits(0, 127),

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftrt
-from peftrt.ops import _define, _native, _nf4_linear, _panels, _paths, _triton
+from peftrt.ops import (
+    _define,
+    _native,
+    _nf4_linear,
+    _panels,
+    _paths,
+    _triton,
+)
 from peftrt.ops._backend import Backend, choose
 from peftrt.ops._define import OPS
 from peftrt.ops._paths import DECODE, PANELS, TILE
@@ -44,14 +51,18 @@ def arguments(m: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
     return (on_cuda(m, WEIGHT.k, dtype), *tensors, *WEIGHT[4:], None)
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def as_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Both backends can run, on a device of the class sm_90."""
     monkeypatch.setattr(_paths, "device_class", lambda device: "sm_90")
     monkeypatch.setattr(_native, "cuda_unsupported", lambda x, dtype: None)
     monkeypatch.setattr(_native, "cuda_rows", lambda device: _paths.WIDE_ROWS)
     monkeypatch.setattr(_triton, "unsupported", lambda x, dtype: None)
     return monkeypatch
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    return as_on_a_hopper(monkeypatch)
 
 
 def chosen(name: str, args: tuple[Any, ...]) -> str:
@@ -66,8 +77,8 @@ def test_every_class_has_every_pass_and_size() -> None:
         for (direction, itemsize), limits in rows.items():
             assert limits.tile >= 0
             # the CUDA kernels have no more rows, no other dtypes and no input gradient
-            native = _paths.WIDE_ROWS if name == "sm_90" else _paths.NATIVE_ROWS
-            assert 0 <= limits.decode <= (native if (direction, itemsize) == ("forward", 2) else 0)
+            most = {"forward": _paths.WIDE_ROWS if name == "sm_90" else _paths.NATIVE_ROWS, "lora": _paths.NATIVE_ROWS}
+            assert 0 <= limits.decode <= (most.get(direction, 0) if itemsize == 2 else 0)
 
 
 @pytest.mark.skipif(not SOURCES.is_dir(), reason="this checkout has no CUDA kernels")
@@ -107,7 +118,9 @@ def test_a_device_takes_the_nearest_class(capability: tuple[int, int], name: str
         ("forward", torch.float32, 1, TILE),
         ("forward", torch.float32, 128, PANELS),
         ("forward", torch.float64, 8192, None),
-        ("lora", torch.bfloat16, 1, TILE),
+        ("lora", torch.bfloat16, 64, DECODE),
+        ("lora", torch.bfloat16, 65, TILE),
+        ("lora", torch.float32, 1, TILE),
         ("lora", torch.bfloat16, 639, TILE),
         ("lora", torch.bfloat16, 640, PANELS),
         ("lora_dense", torch.float16, 255, TILE),
@@ -195,14 +208,15 @@ def test_the_input_gradient_is_tritons(hopper: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "dense"])
 def test_lora_linear_is_tritons_and_torchs_where_there_is_none(kind: str, hopper: pytest.MonkeyPatch) -> None:
-    x, *weight, _ = arguments(8)
+    m = 65 if kind == "nf4" else 8
+    x, *weight, _ = arguments(m)
     if kind == "dense":
         weight[:4] = [on_cuda(WEIGHT.n, WEIGHT.k), None, None, None]
-    A, B, xa = on_cuda(4, WEIGHT.k, torch.float32), on_cuda(WEIGHT.n, 4, torch.float32), on_cuda(8, 4, torch.float32)
+    A, B, xa = on_cuda(4, WEIGHT.k, torch.float32), on_cuda(WEIGHT.n, 4, torch.float32), on_cuda(m, 4, torch.float32)
     adapter, options = (A, B, 2.0), (None, None)
     calls = {
         "lora_linear": (x, *weight, *adapter, None, 0.0, *options, []),
-        "lora_linear_backward": (on_cuda(8, WEIGHT.n), x, xa, *weight, *adapter, 0.0, *options, *(True,) * 3, []),
+        "lora_linear_backward": (on_cuda(m, WEIGHT.n), x, xa, *weight, *adapter, 0.0, *options, *(True,) * 3, []),
     }
     for name, args in calls.items():
         choice = choose(name, OPS[name].backends, "cuda", args)

@@ -18,6 +18,7 @@
 #define PEFTRT_BOTH inline
 #define PEFTRT_KERNEL
 #define PEFTRT_BOUNDS(threads, blocks)
+#define PEFTRT_CONSTANT const
 #define PEFTRT_TABLE const
 
 #if !defined(PEFTRT_EMULATED_ARCHITECTURE)
@@ -139,6 +140,8 @@ inline uint32_t load_half_word(const void* from, Policy) { return *static_cast<c
 inline float load_of_blocks(const float* from) { return *from; }
 inline Vector load_of_blocks(const Vector* from) { return *from; }
 inline uint64_t load_of_blocks(const uint64_t* from) { return *from; }
+// It reads, so that a sanitizer sees an address that is not there.
+inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile uint8_t*>(from)); }
 inline void store_streaming(Vector* to, Vector value) { *to = value; }
 
 inline void copy_async(void* to, const void* from, bool there) { emulator::copy_async(to, from, there); }
@@ -170,6 +173,7 @@ inline float bits_float(uint32_t a) {
   std::memcpy(&value, &a, 4);
   return value;
 }
+inline void forget(int&) {}
 
 struct Bf16 {
   uint16_t bits;
