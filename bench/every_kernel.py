@@ -41,6 +41,8 @@ ALIGNED = Weight(192, 512, 64, True)
 PLAIN = Weight(96, 256, 64, False)
 STRADDLING = Weight(67, 97, 64, True)
 SMALL_BLOCKS = Weight(200, 160, 32, True)
+# of an AdapterTable, beside what it computes with
+TABLE = ("ranks", "A_pages", "B_pages", "scaling", "vector_starts")
 # bf16 in every range of M, the other dtypes in those that have code of their own
 CASES = (
     *((ALIGNED, M, torch.bfloat16) for M in (1, 8, 40, 130, 300, 2100)),
@@ -105,7 +107,10 @@ def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callabl
                 yield name, what, lambda c=case, base=base: _lora(base, *c)
             if M <= FEW:
                 yield name, f"lora_linear alone M={M} {_name(size, dtype)}", lambda c=case: _lora_alone(*c)
-                yield name, f"multi_lora_linear M={M} {_name(size, dtype)}", lambda c=case: _multi_lora(*c)
+                yield name, f"multi_lora_linear out M={M} {_name(size, dtype)}", lambda c=case: _multi_lora_out(*c)
+            for base in ("none", "nf4", "dense"):
+                what = f"multi_lora_linear M={M} {base} {_name(size, dtype)}"
+                yield name, what, lambda c=case, base=base: _multi_lora(base, *c)
 
 
 def _name(size: Weight, dtype: torch.dtype) -> str:
@@ -211,7 +216,7 @@ def _lora_alone(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
     return _far(y, z * scale.double() + bias.double())
 
 
-def _multi_lora(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+def _multi_lora_out(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
     """Ranks mixed, one slot of two maps with all factors, rows without an adapter; into rows that lie apart, too."""
     weight, K, N = _weight(size), size.K, size.N
     splits = (N // 3, N - N // 3)
@@ -251,8 +256,43 @@ def _table(slots: Sequence[Any], splits: Sequence[int], dtype: torch.dtype, devi
     return dataclasses.replace(table, **(tensors | {"values": tensors["values"].to(dtype)}))
 
 
-def _far(actual: Tensor, expected: Tensor) -> str:
-    error, allowed = truth.relative_error(actual.cpu(), expected), truth.TOLERANCES[actual.dtype]
+def _multi_lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    """y and the gradients of x and values, with factors and biases: two maps, slots of mixed ranks, and one empty."""
+    weight, splits = _weight(size), (size.N // 3, size.N - size.N // 3)
+    values = torch.float32 if size.nested else dtype
+    slots: list[ops.SlotAdapter | None] = [None]
+    for e, ranks in enumerate(((RANK, 3), (0, 40), (1, 9))):
+        pairs: list[Any] = []
+        for p, (rank, n) in enumerate(zip(ranks, splits, strict=True)):
+            A = _normal(rank, size.K, dtype=values, seed=10 * e + p) * size.K**-0.5
+            pairs.append((A, _normal(n, rank, dtype=values, seed=10 * e + p + 5), 0.5 + e) if rank else None)
+        c, b = (_normal(size.N, dtype=torch.float32, seed=30 + which) for which in range(2))
+        slots.append(ops.SlotAdapter(pairs, None, *((c, b) if e == 2 else (None, None))))
+    table = ops.AdapterTable.stack(slots, splits=splits, k=size.K)
+    slot_ids = torch.randint(-1, len(slots), (M,), generator=torch.Generator().manual_seed(8), dtype=torch.int32)
+    x, dy = _normal(M, size.K, dtype=dtype, seed=2), _normal(M, size.N, dtype=dtype, seed=4)
+    bias, wide = _normal(size.N, dtype=dtype, seed=3), _decoded(weight, dtype)
+    operand = {"none": None, "nf4": weight.to(device), "dense": wide.to(device)}[base]
+
+    def run(W: Any, x: Tensor, values: Tensor, vectors: Tensor, dy: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.requires_grad_() for tensor in (x, values)]
+        moved = {name: getattr(table, name).to(x.device) for name in TABLE}
+        own = dataclasses.replace(table, values=leaves[1], vectors=vectors, **moved)
+        y = ops.multi_lora_linear(leaves[0], W, own, slot_ids.to(x.device), bias)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    assert table.vectors is not None
+    tensors = (x, table.values, table.vectors, dy, bias)
+    got = run(operand, *(tensor.to(device, copy=True) for tensor in tensors))
+    with backend("reference"):
+        expected = run(None if base == "none" else wide.double(), *(tensor.double() for tensor in tensors))
+    # dZ is rounded to x's dtype
+    words = [_far(actual, true, truth.TOLERANCES[dtype]) for actual, true in zip(got, expected, strict=True)]
+    return "; ".join(f"{name}: {word}" for name, word in zip(("y", "dx", "dvalues"), words, strict=True) if word)
+
+
+def _far(actual: Tensor, expected: Tensor, most: float = 0.0) -> str:
+    error, allowed = truth.relative_error(actual.cpu(), expected), max(truth.TOLERANCES[actual.dtype], most)
     return "" if error <= allowed else f"relative error {error:.3g}, allowed {allowed:.3g}"
 
 

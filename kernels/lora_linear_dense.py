@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -234,6 +235,28 @@ def lora_linear_dense(
         )
         if not once:
             sum_splits(parts, result_scale, bias, out)
+
+
+def dense_parts(x: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """fp32 [parts, M, columns] whose sum is x W, without an adapter: for a kernel that adds to it and rounds once.
+
+    x [M, S] and W [S, C] as of :func:`lora_linear_dense`.
+    """
+    M, S = x.shape
+    by_rows = DENSE_CONFIGS[architecture_of(x.device), x.element_size()]
+    plan = schedule(by_rows, M, columns, S, False, x.device)
+    parts = x.new_empty((plan.splits, M, columns), dtype=torch.float32)
+    if parts.numel() == 0:
+        return parts
+    flags = ("SCALED_SUM", "SCALED_RESULT", "BIAS", "DROPOUT", "WIDE")
+    constants = plan.constants(x) | dict.fromkeys(flags, False) | {"SPLIT": True, "BR": RANKS}
+    strides = (*weight.stride(), 0, 0)
+    with on_device(x):
+        # no ranks: what stands for the adapter is not read
+        lora_linear_dense_kernel[plan.grid](
+            x, weight, parts, x, x, x, x, parts, M, S, columns, 0, *strides, plan.steps, 1.0, 0, **constants
+        )
+    return parts
 
 
 def adapter_share(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from peftrt.kernels._launch import on_device
 from peftrt.kernels._nf4 import CHUNKS, alignment
-from peftrt.kernels._schedule import MANY, Config, architecture_of, ranges, schedule, sum_splits
+from peftrt.kernels._schedule import MANY, Config, Schedule, architecture_of, ranges, schedule, sum_splits
 from peftrt.kernels._tiles import nf4_dx_tile, nf4_tile
 
 
@@ -237,6 +238,29 @@ def nf4_linear_dx(
     _launch(dy, codes, absmax, nested_absmax, nested_offset, tables, block_size, None, out, dx=True)
 
 
+def nf4_linear_parts(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    tables: Tensor,
+    block_size: int,
+    columns: int,
+    dx: bool,
+) -> Tensor:
+    """fp32 [parts, M, columns] whose sum is x W^T, or where ``dx`` x W: for a kernel that adds to it and rounds once.
+
+    The rest as of :func:`nf4_linear`.
+    """
+    plan, sizes = _plan(x, columns, block_size, dx)
+    parts = x.new_empty((plan.splits, x.shape[0], columns), dtype=torch.float32)
+    if parts.numel():
+        weight = (codes, absmax, nested_absmax, nested_offset, tables, block_size)
+        _multiply(plan, sizes, x, weight, None, parts, dx, split=True)
+    return parts
+
+
 def _launch(
     x: Tensor,
     codes: Tensor,
@@ -251,23 +275,43 @@ def _launch(
 ) -> None:
     if out.numel() == 0:
         return
-    M = x.shape[0]
-    N, K = (x.shape[1], out.shape[1]) if dx else (out.shape[1], x.shape[1])
-    architecture = architecture_of(x.device)
-    align = alignment(K, block_size)
-    plan = schedule(configs(architecture, dx, x.element_size(), align), M, N, K, dx, x.device)
-    parts = plan.parts(out)
-    nested = nested_absmax is not None
+    plan, sizes = _plan(x, out.shape[1], block_size, dx)
+    parts, once = plan.parts(out), plan.splits == 1
+    weight = (codes, absmax, nested_absmax, nested_offset, tables, block_size)
+    _multiply(plan, sizes, x, weight, bias if once else None, parts, dx, split=not once)
+    if not once:
+        with on_device(x):
+            sum_splits(parts, None, bias, out)
+
+
+def _plan(x: Tensor, columns: int, block_size: int, dx: bool) -> tuple[Schedule, tuple[int, int, int]]:
+    """The schedule of a product with ``columns`` columns, and its M, N and K."""
+    M, N, K = (*x.shape, columns) if dx else (x.shape[0], columns, x.shape[1])
+    by_rows = configs(architecture_of(x.device), dx, x.element_size(), alignment(K, block_size))
+    return schedule(by_rows, M, N, K, dx, x.device), (M, N, K)
+
+
+def _multiply(
+    plan: Schedule,
+    sizes: tuple[int, int, int],
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int],
+    bias: Tensor | None,
+    out: Tensor,
+    dx: bool,
+    split: bool,
+) -> None:
+    codes, absmax, nested_absmax, nested_offset, tables, block_size = weight
+    K, nested = sizes[2], nested_absmax is not None
     scales = (absmax, nested_absmax, nested_offset) if nested else (absmax, absmax, absmax)
-    constants = {"BLOCK": block_size, "ALIGNMENT": align, "NESTED": nested, **plan.constants(x)}
+    constants = {"BLOCK": block_size, "ALIGNMENT": alignment(K, block_size), "NESTED": nested, **plan.constants(x)}
+    constants["SPLIT"] = split
     with on_device(x):
         if dx:
-            nf4_linear_dx_kernel[plan.grid](x, codes, *scales, tables, parts, M, N, K, K // 2, plan.steps, **constants)
+            nf4_linear_dx_kernel[plan.grid](x, codes, *scales, tables, out, *sizes, K // 2, plan.steps, **constants)
         else:
-            constants["BIAS"] = bias is not None and plan.splits == 1
+            constants["BIAS"] = bias is not None
             addend = x if bias is None else bias
             nf4_linear_kernel[plan.grid](
-                x, codes, *scales, tables, addend, parts, M, N, K, K // 2, plan.steps, **constants
+                x, codes, *scales, tables, addend, out, *sizes, K // 2, plan.steps, **constants
             )
-        if plan.splits > 1:
-            sum_splits(parts, None, bias, out)

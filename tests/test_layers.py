@@ -60,6 +60,7 @@ OP_HELPERS = {
     "_lora_cuda",
     "_multi_lora_cuda",
     "_device_flag",
+    "_multi_lora_triton",
     "_scratch",
 }
 

@@ -36,6 +36,6 @@ def raise_if_set(op: str, device: torch.device) -> None:
     if found is not None and int(found):
         found.zero_()
         raise ValueError(
-            f"{op}: slot_ids of an earlier call on {device} had ids that are no slots of its table: the base alone "
-            "served those rows"
+            f"{op}: slot_ids must be in -1 ... E - 1: those of an earlier call on {device} were not, and its rows with "
+            "such ids had the base alone"
         )

@@ -129,8 +129,8 @@ def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
 
 
 def _native_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """One kernel sums the base's and the adapter's share: on a CPU over NF4, and over a dense base where bits count; on a
-    GPU over NF4 for a few rows.
+    """One kernel sums the base's and the adapter's share: on a CPU over NF4, and where bits count over a dense base; on
+    a GPU over NF4 for a few rows.
     """
     if x.is_cuda and _lora_cuda.unsupported(x, *rest) is None:
         return _lora_cuda.forward(x, *rest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _multi_lora_cuda, _multi_lora_native
+from peftrt.ops import _multi_lora_cuda, _multi_lora_native, _multi_lora_triton
 from peftrt.ops._adapter_table import AdapterTable
 from peftrt.ops._define import Backend, define, reference_backend
 from peftrt.ops._weight import (
@@ -208,6 +208,17 @@ def _native_declines(x: Tensor, *rest: Any) -> str | None:
     return None if x.is_cpu else _multi_lora_cuda.unsupported(x, *rest)
 
 
+def _triton(x: Tensor, *rest: Any) -> Tensor:
+    check_contents(x, *rest)
+    return _multi_lora_triton.forward(x, *rest)
+
+
+def _triton_out(x: Tensor, *rest: Any) -> None:
+    *call, out = rest
+    check_contents(x, *call)
+    _multi_lora_triton.forward_out(x, *rest, row_stride(out))
+
+
 def _check_out(x: Tensor, *rest: Any) -> None:
     *call, out = rest
     _check(x, *call)
@@ -298,8 +309,9 @@ def _grad_vectors(vectors: Tensor, starts: Tensor, slot_ids: Tensor, rows: Seque
             continue
         part = part.reshape(slot_ids.shape[0], -1).to(vectors.dtype)
         sums = part.new_zeros(starts.shape[0] + 1, part.shape[1])
-        # in the order of the rows, so that a slot's sum is that of its rows alone; -1 falls on the last
-        sums.index_add_(0, slot_ids % (starts.shape[0] + 1), part)
+        # in the order of the rows, so that a slot's sum is that of its rows alone; what has none falls on the last
+        slots = starts.shape[0]
+        sums.index_add_(0, torch.where((slot_ids >= 0) & (slot_ids < slots), slot_ids, slots), part)
         has = starts[:, which] >= 0
         at = starts[:, which].clamp(min=0)[:, None] + torch.arange(part.shape[1], device=vectors.device)
         grad.index_add_(0, at.clamp(max=vectors.shape[0] - 1).reshape(-1), (sums[:-1] * has[:, None]).reshape(-1))
@@ -317,6 +329,7 @@ _FORWARD = define(
     fake=_fake,
     backends=(
         Backend("native", _native, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_native_declines),
+        Backend("triton", _triton, _multi_lora_triton.unsupported, ("cuda",)),
         reference_backend(_reference),
     ),
     setup_context=_setup_context,
@@ -328,6 +341,7 @@ _OUT = define(
     fake=lambda *_: None,
     backends=(
         Backend("native", _native_out, _native_unsupported, ("cpu", "cuda"), strict=True, slower=_native_declines),
+        Backend("triton", _triton_out, _multi_lora_triton.unsupported, ("cuda",)),
         reference_backend(_reference_out),
     ),
 )
@@ -339,6 +353,7 @@ _BACKWARD = define(
     fake=_fake_backward,
     backends=(
         Backend("native", _multi_lora_native.backward, _multi_lora_native.backward_unsupported, ("cpu",), strict=True),
+        Backend("triton", _multi_lora_triton.backward, _multi_lora_triton.backward_unsupported, ("cuda",)),
         reference_backend(reference.backward),
     ),
 )

@@ -93,6 +93,9 @@ TABLE: dict[str, dict[tuple[str, int], Limits]] = {
         ("lora_dense", 4): Limits(0, 255),
     },
 }
+# Rows up to which multi_lora_linear takes each by itself, in fp32, and not in tiles of 32 rows of a slot: so few that
+# most slots of a batch have one or two of them. Not measured on a device.
+MULTI_LORA_ROWS = 64
 _LEAST_CAPABILITY = {"sm_100": (10, 0), "sm_90": (9, 0), "sm_80": (0, 0)}
 
 

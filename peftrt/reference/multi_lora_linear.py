@@ -68,7 +68,10 @@ def row_vectors(
     """``[M, size]``: of every row the vector of its slot, or ``missing``; None where no slot has any."""
     if vectors is None or starts is None or not starts.shape[0] or not vectors.shape[0]:
         return None
-    start = torch.where(slot_ids >= 0, starts[slot_ids.clamp(min=0).long(), which], -1)[:, None]
+    # on a GPU nobody has looked at the ids: one that is no slot is the base's
+    slots = starts.shape[0]
+    known = (slot_ids >= 0) & (slot_ids < slots)
+    start = torch.where(known, starts[slot_ids.clamp(0, slots - 1).long(), which], -1)[:, None]
     within = torch.arange(size, device=vectors.device)
     found = vectors[(start.clamp(min=0) + within).clamp(max=vectors.shape[0] - 1)]
     return torch.where(start >= 0, found, missing)

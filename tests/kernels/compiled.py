@@ -29,7 +29,7 @@ from peftrt.kernels import (
 )
 from peftrt.kernels._adapter import RANKS
 from peftrt.kernels._nf4 import CHUNKS, ODD, STRADDLING
-from tests.kernels import sass
+from tests.kernels import compiled_multi_lora, sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,7 +45,7 @@ SPILL_FREE = ("sm_90",)
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Odd sizes and addresses off 16 bytes make Triton compile another program than round ones.
 ALIGNED = [["tt.divisibility", 16]]
-ODD_SIZES = ("steps", "splits", "limit", "first")  # and M
+ODD_SIZES = ("steps", "splits", "limit", "first", "E", "P", "W", "tiles", "entries")  # and M
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Variant:
     name: str
     target: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any]
     round_sizes: bool
@@ -65,16 +65,25 @@ class Variant:
         names = self.kernel.arg_names
         signature = {name: "constexpr" if name in self.constants else self.types[name] for name in names}
         aligned = [i for i, name in enumerate(names) if self.round_sizes and name not in self.constants and name != "M"]
-        attributes = {(i,): ALIGNED for i in aligned if signature[names[i]] != "fp32" and names[i] not in ODD_SIZES}
+        aligned = [i for i in aligned if signature[names[i]] != "fp32" and names[i] not in ODD_SIZES]
+        attributes = {path: ALIGNED for i in aligned for path in _paths(i, signature[names[i]])}
         source = ASTSource(self.kernel, signature=signature, constexprs=self.constants, attrs=attributes)
         options = {"enable_fp_fusion": False, **self.options}
         return triton.compile(source, target=TARGETS[self.target], options=options)
+
+
+def _paths(i: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Where Triton's attributes of an argument, or of each element of a tuple, stand."""
+    return [(i,)] if isinstance(kind, str) else [(i, j) for j in range(len(kind))]
 
 
 def variants(target: str) -> Iterator[Variant]:
     yield from dequantize_variants(target)
     yield from linear_variants(target)
     yield from lora_variants(target)
+    for program in compiled_multi_lora.programs(DTYPES, ARCHITECTURE[target]):
+        name, kernel, types, constants, options, round_sizes, tensor_cores = program
+        yield Variant(name, target, kernel, types, constants, options, round_sizes, tensor_cores)
     for dtype in DTYPES:
         for bias in (True, False):
             types = {"p_parts": "*fp32", "p_scale": "*fp32", "p_bias": f"*{dtype}", "p_out": f"*{dtype}"}

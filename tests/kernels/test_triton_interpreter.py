@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.mark.parametrize("cases", ["interpreted.py", "interpreted_lora.py"])
+@pytest.mark.parametrize("cases", ["interpreted.py", "interpreted_lora.py", "interpreted_multi_lora.py"])
 def test_kernels_in_the_interpreter(cases: str) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
