@@ -13,7 +13,7 @@ import torch
 import peftrt
 from peftrt import _build
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _native
+from peftrt.ops import AdapterTable, _native
 from peftrt.ops._define import OPS
 from peftrt.ops._weight import weight_args
 
@@ -143,26 +143,28 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     x = dense.to(device, dtype)
     nf4 = weight_args(op, NF4Weight.quantize(dense).to(device))
     one = torch.ones(1, dtype=torch.int32, device=device)
+    lora_A, lora_B = x[:_RANK], x[:, :_RANK].contiguous()
+    table = AdapterTable.stack([(lora_A, lora_B, 1.0)])
+    names = {argument.name for argument in arguments}
     values: dict[str, Any] = {
         **nf4._asdict(),
-        **dict.fromkeys(("x", "y", "dy", "out"), x),
+        **vars(table),
+        **dict.fromkeys(("x", "y", "dy", "dz", "out"), x),
         "row_scale": torch.ones(_SIZE, device=device),
-        **dict.fromkeys(("A", "B", "lora_A"), x[:_RANK]),
-        "lora_B": x[:, :_RANK].contiguous(),
+        "lora_A": lora_A,
+        "lora_B": lora_B,
         "xa": torch.zeros(_SIZE, _RANK, device=device),
-        "ranks": one * _RANK,
-        "offsets": one * 0,
         "slot_ids": torch.zeros(_SIZE, dtype=torch.int32, device=device),
         "shape": [_SIZE, _SIZE],
         "dtype": dtype,
         "double_quant": True,
         "bias": None,
-        "splits": [],
-        **dict.fromkeys(("needs_dx", "needs_dA", "needs_dB"), True),
+        "splits": list(table.splits) if "values" in names else [],
+        **dict.fromkeys(("needs_dx", "needs_dA", "needs_dB", "needs_dvalues"), True),
         "seed": one.long(),
         **dict.fromkeys(("dropout_p", "p"), 0.5),
     }
-    if "absmax" not in {argument.name for argument in arguments}:
+    if "absmax" not in names:
         values["weight"] = x
-    scalings = {"float": 1.0, "Tensor": one.float()}
+    scalings = {"float": 1.0, "Tensor": table.scaling}
     return tuple(scalings[str(a.type)] if a.name == "scaling" else values[a.name] for a in arguments)

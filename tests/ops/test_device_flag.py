@@ -40,6 +40,6 @@ def test_it_is_told_once(flag: torch.Tensor) -> None:
     _device_flag.raise_if_set("multi_lora_linear", DEVICE)
     _device_flag.raise_if_set("multi_lora_linear", torch.device("cuda", 1))
     flag.fill_(1)
-    with pytest.raises(ValueError, match="multi_lora_linear: slot_ids .* an earlier call on cuda:0"):
+    with pytest.raises(ValueError, match=r"multi_lora_linear: slot_ids .* an earlier call on cuda:0"):
         _device_flag.raise_if_set("multi_lora_linear", DEVICE)
     _device_flag.raise_if_set("multi_lora_linear", DEVICE)

@@ -79,7 +79,7 @@ def test_a_wrong_slot_id_is_told_by_the_next_call(hopper: pytest.MonkeyPatch) ->
     assert passed is flag
     assert (tuple(rows.shape), rows.stride()) == ((4, 512), (600, 1))
     flag.fill_(1)
-    with pytest.raises(ValueError, match="multi_lora_linear: slot_ids .* an earlier call"):
+    with pytest.raises(ValueError, match=r"multi_lora_linear: slot_ids .* an earlier call"):
         _multi_lora_cuda.run(*args)
     assert len(calls) == 2
 
