@@ -22,12 +22,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.mark.parametrize("cases", ["interpreted.py", "interpreted_lora.py", "interpreted_multi_lora.py"])
-def test_kernels_in_the_interpreter(cases: str) -> None:
+@pytest.mark.parametrize(
+    "cases", ["interpreted.py", "interpreted_lora.py", "interpreted_multi_lora.py", "interpreted_batches.py"]
+)
+def test_kernels_in_the_interpreter(cases: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment, long = {**os.environ, "TRITON_INTERPRET": "1"}, request.config.getoption("--fuzz")
+    if long:
+        environment["PEFTRT_BATCHES"] = "2000"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    limit = None if long else 600
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

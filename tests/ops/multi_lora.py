@@ -6,14 +6,20 @@ import copy
 import dataclasses
 import itertools
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.ops import AdapterTable, SlotAdapter
+from peftrt.ops._define import OPS
+from peftrt.ops._weight import weight_args
 from peftrt.reference.multi_lora_linear import places
 from tests.cases import FLOATS, exact, nf4, randn
+from tests.tolerances import assert_close, assert_same_bits
 
 Adapters = list[tuple[Tensor, Tensor, float]]
 
@@ -63,20 +69,20 @@ class Batch:
 
     Args:
         seed: of everything.
-        dtype: of x; None: any of the three.
+        dtypes: of x and of the adapters, one of them each.
         large: hidden sizes and ranks up to 2049 and 256 in one batch of eight, else small ones.
     """
 
-    def __init__(self, seed: int, dtype: torch.dtype | None = None, large: bool = True) -> None:
+    def __init__(self, seed: int, dtypes: Sequence[torch.dtype] = FLOATS, large: bool = True) -> None:
         draw = self.draw = random.Random(seed)
         self.seed = seed
-        self.dtype = dtype or draw.choice(FLOATS)
+        self.dtype = draw.choice(dtypes)
         big = large and draw.random() < 0.125
         sizes = (*HIDDEN, 384, 1000, 2049) if big else HIDDEN
         self.k, self.splits = draw.choice(sizes), tuple(draw.choice(sizes) for _ in range(draw.choice((1, 1, 2, 3))))
         self.n, self.most = sum(self.splits), 256 if big else draw.choice((4, 16, 64))
         slots = draw.choice((1, 2, 3, 9, 128 if self.most <= 16 else 5))
-        self.values = draw.choice(FLOATS)
+        self.values = draw.choice(dtypes)
         self.slots = [self._slot(e) for e in range(slots)]
         self.m = draw.choice((0, 1, 1, 2, 5, 8, 9, 16, 17, 33, 70))
         busy = draw.sample(range(slots), k=draw.randint(1, slots))
@@ -188,3 +194,54 @@ class Batch:
                     found[e, part] = g.t() @ x[rows], s * (x[rows] @ A.t()).t() @ own
                 start += size
         return dx, found
+
+
+def run(batch: Batch, rows: Tensor | None = None) -> Tensor:
+    """The call, or that of some of its rows."""
+    x, slot_ids = (t if rows is None else t[rows] for t in (batch.x, batch.slot_ids))
+    return ops.multi_lora_linear(x, batch.weight, batch.table(), slot_ids, batch.bias)
+
+
+def backward(batch: Batch, table: AdapterTable, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """dX and dvalues of the call, or of some of its rows."""
+    dz, x, slot_ids = (t if rows is None else t[rows] for t in (batch.dy, batch.x, batch.slot_ids))
+    nothing = (None, None, None, None, batch.n, batch.k, 0)
+    weight = nothing if batch.weight is None else weight_args("test", batch.weight)
+    pairs = (table.values, table.ranks, table.A_pages, table.B_pages, table.scaling)
+    return OPS["multi_lora_linear_backward"](dz, x, *weight, *pairs, list(table.splits), slot_ids, True, True)
+
+
+def check_rows(batch: Batch) -> None:
+    """Every row against its truth."""
+    with named(batch):
+        assert_close(run(batch), batch.truth(), intermediate=batch.size())
+
+
+def check_gradients(batch: Batch, solo: bool = True) -> None:
+    """dX and dvalues against their truth; with ``solo`` a slot's bits against those of its own rows alone."""
+    table = batch.table()
+    (want_dx, wanted), (size_dx, sizes) = batch.gradients(), batch.gradients(power=2)
+    dx, dvalues = backward(batch, table)
+    alone = {e: backward(batch, table, (batch.slot_ids == e).nonzero().squeeze(1))[1] for e, _ in wanted if solo}
+    untouched = torch.ones(dvalues.shape, dtype=torch.bool)
+    with named(batch):
+        assert_close(dx, want_dx, intermediate=size_dx.max().sqrt().item() if size_dx.numel() else 0.0)
+        for (e, part), pair in wanted.items():
+            rank = int(table.ranks[e, part])
+            for which, width in ((0, batch.k), (1, batch.splits[part])):
+                at = places((table.A_pages, table.B_pages)[which][e, part], rank, width)
+                size = sizes[e, part][which].max().sqrt().item()
+                assert_close(dvalues[at], pair[which].reshape(-1), intermediate=size)
+                if solo:
+                    assert_same_bits(alone[e][at], dvalues[at])
+                untouched[at] = False
+        assert (dvalues[untouched] == 0).all()
+
+
+@contextmanager
+def named(batch: Batch) -> Iterator[None]:
+    """A failure in the block says which batch it was."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{batch}: {error}") from error
