@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +74,20 @@ def ranges(rows: tuple[int, ...], *tile: int, **schedule: Any) -> tuple[Config, 
 PRECISION = {"sm_90": "tf32x3", "sm_80": "tf32x3", "hip": "ieee"}
 LEAST_STEPS = 4
 SUM_SIZE = 1024
+# The rows that tiles and splits are chosen for where a row's bits may not depend on M: few enough that one row does not
+# wait for a tile of many.
+ANY_ROWS = 16
+_for_any_rows: ContextVar[bool] = ContextVar("peftrt_schedule_for_any_rows", default=False)
+
+
+@contextmanager
+def for_any_rows() -> Iterator[None]:
+    """In this block every M has the same tiles and splits, and so every row the same order of summation."""
+    token = _for_any_rows.set(True)
+    try:
+        yield
+    finally:
+        _for_any_rows.reset(token)
 
 
 @functools.cache
@@ -107,7 +124,7 @@ class Schedule:
 
 def schedule(by_rows: tuple[Config, ...], M: int, N: int, K: int, dx: bool, device: torch.device) -> Schedule:
     """For M rows: a sum over K for N columns, or for dX the other way round."""
-    config, fewest = config_for(by_rows, M)
+    config, fewest = config_for(by_rows, ANY_ROWS if _for_any_rows.get() else M)
     tiles = triton.cdiv(K, config.BK) if dx else triton.cdiv(N, config.BN)
     total = triton.cdiv(N, config.BN) if dx else triton.cdiv(K, config.BK)
     steps = steps_for(config, tiles * triton.cdiv(fewest, config.BM), total, device)

@@ -33,10 +33,10 @@ def batch_invariant() -> Iterator[None]:
     call goes by M, and the kernels sum in different orders. With it one kernel serves every M, so that a request
     alone, in a batch of 2 and in a batch of 500 has the same answer; up to 8 rows take longer.
 
-    What it promises, on a CPU with the native library, row by row: outputs and input gradients of ``nf4_linear``, and
-    over any base of ``lora_linear`` and ``multi_lora_linear``, and so of the modules made of them. Nothing of what
-    torch itself multiplies: layers without an adapter over a dense base, fp64, the reference, gradients of gradients,
-    other devices.
+    What it promises, row by row, on a CPU with the native library, and on a GPU with Triton (where it has not run yet):
+    outputs and input gradients of ``nf4_linear``, and over any base of ``lora_linear`` and ``multi_lora_linear``, and
+    so of the modules made of them. Nothing of what torch itself multiplies: layers without an adapter over a dense
+    base, fp64, the reference, gradients of gradients, on a GPU ``splits``.
     """
     with set_invariant(True):
         yield

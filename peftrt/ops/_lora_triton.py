@@ -33,6 +33,7 @@ def slower(x: Tensor, splits: Sequence[int]) -> str | None:
     return "the base's product and torch's pass over y three times, Triton's once or twice"
 
 
+@_triton.heeds_invariance
 def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The operation's arguments; y and xa."""
     from peftrt.kernels.lora_linear import lora_linear
@@ -52,6 +53,7 @@ def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y, xa
 
 
+@_triton.heeds_invariance
 def backward(dy: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operation's arguments; dX, dA and dB, empty where not wanted."""
     from peftrt.kernels.low_rank import low_rank, low_rank_gradient

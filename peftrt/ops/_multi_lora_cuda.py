@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.ops import _device_flag, _native, _paths
+from peftrt.ops._invariant import invariant
 from peftrt.ops._weight import WeightArgs
 
 _OP = "multi_lora_linear"
@@ -23,6 +24,8 @@ def unsupported(x: Tensor, *rest: Any) -> str | None:
         return reason
     if weight.absmax is None:
         return "multiplies an NF4 base on a GPU, no other"
+    if invariant():
+        return "has another order of summation than the kernels for many rows"
     if x.element_size() != 2 or _paths.rows_of(x) > _paths.NATIVE_ROWS:
         return f"takes {_paths.NATIVE_ROWS} rows of bf16 or fp16"
     if values.dtype not in FLOAT_DTYPES or (vectors is not None and vectors.dtype != torch.float32):

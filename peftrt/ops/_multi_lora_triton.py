@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peftrt.ops import _device_flag, _panels, _paths, _triton
+from peftrt.ops._invariant import invariant
 from peftrt.ops._weight import WeightArgs
 
 # peftrt.kernels._slots.Table, which only a call imports
@@ -51,6 +52,7 @@ def forward_out(x: Tensor, *rest: Any) -> None:
     _forward_into(x, weight, call[7:], rows)
 
 
+@_triton.heeds_invariance
 def backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The operation's arguments; dX and dvalues, each empty where it is not wanted."""
     from peftrt.kernels._routes import route
@@ -80,6 +82,7 @@ def backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return dx, dvalues
 
 
+@_triton.heeds_invariance
 def _forward_into(x: Tensor, weight: WeightArgs, rest: Any, out: Tensor | None) -> None:
     """``out``: [M, N], columns together; None where it would be empty."""
     from peftrt.kernels.multi_lora_decode import multi_lora_decode, scale_rows
@@ -93,7 +96,7 @@ def _forward_into(x: Tensor, weight: WeightArgs, rest: Any, out: Tensor | None) 
     rows, flag = _rows(x), _device_flag.flag(x.device)
     if table.vectors is not None:
         rows = scale_rows(rows, table, slot_ids)
-    if rows.shape[0] <= _paths.MULTI_LORA_ROWS:
+    if rows.shape[0] <= _paths.MULTI_LORA_ROWS and not invariant():
         parts = _base_parts(rows, weight, weight.n, dx=False)
         multi_lora_decode(rows, parts, table, slot_ids, flag, bias, out)
     else:

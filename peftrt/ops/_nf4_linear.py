@@ -152,6 +152,7 @@ def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
     return _triton.unsupported(x, x.dtype)
 
 
+@_triton.heeds_invariance
 def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
     from peftrt.kernels.nf4_linear import nf4_linear
 
@@ -171,6 +172,7 @@ def _triton_decode(*args: Any) -> None:
     nf4_dequantize(*_triton.weight(*weight), block_size, out)
 
 
+@_triton.heeds_invariance
 def _triton_dx(dy: Tensor, *weight: Any) -> Tensor:
     from peftrt.kernels.nf4_dequantize import nf4_dequantize_columns
     from peftrt.kernels.nf4_linear import nf4_linear_dx

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftrt.ops._invariant import invariant
+
 DECODE, TILE, PANELS = "decode", "tile", "panels"
 # Rows of bf16 and fp16 that the CUDA library multiplies itself: on any device and of any weight; and where the device
 # has warpgroups, of weights whose K is a multiple of CHUNK.
@@ -119,13 +121,16 @@ def path(direction: str, x: Tensor, *, decodes: bool = True) -> str | None:
     """DECODE, TILE or PANELS for ``x [..., K]``, or for a gradient ``dy [..., N]``.
 
     ``direction`` is ``"forward"`` or ``"dx"``; with an adapter ``"lora"`` or ``"lora_dense"`` for both. ``decodes`` is
-    whether the call can go by DECODE. None where x is on no GPU, or of a dtype that is not in the table.
+    whether the call can go by DECODE. None where x is on no GPU, or of a dtype that is not in the table. Under
+    :func:`peftrt.batch_invariant` all go by TILE.
     """
     if x.device.type != "cuda":
         return None
     limits = TABLE[device_class(x.device)].get((direction, x.element_size()))
     if limits is None:
         return None
+    if invariant():
+        return TILE
     rows = rows_of(x)
     if decodes and rows <= limits.decode:
         return DECODE

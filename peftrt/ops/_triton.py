@@ -5,11 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, FLOAT_DTYPES, NF4_CODEBOOK, bytes_float
+from peftrt.ops._invariant import invariant
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LEAST_CAPABILITY = (8, 0)
 
@@ -28,6 +34,21 @@ def unsupported(x: Tensor, dtype: torch.dtype) -> str | None:
     if x.device.type != "cuda":
         return f"has kernels for CUDA devices, not for {x.device.type}"
     return _too_old(x.device)
+
+
+def heeds_invariance(run: Callable[P, R]) -> Callable[P, R]:
+    """``run``, whose kernels have one schedule for any number of rows under :func:`peftrt.batch_invariant`."""
+
+    @functools.wraps(run)
+    def heeding(*args: P.args, **options: P.kwargs) -> R:
+        if not invariant():
+            return run(*args, **options)
+        from peftrt.kernels._schedule import for_any_rows
+
+        with for_any_rows():
+            return run(*args, **options)
+
+    return heeding
 
 
 @functools.cache

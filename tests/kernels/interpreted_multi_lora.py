@@ -355,3 +355,38 @@ def test_rows_are_routed_in_their_order() -> None:
         assert [slot for slot, _ in covered] == slot_ids.sort().values.tolist()
         assert all(last - first <= TILE_ROWS for _, first, last in tiles)
     assert int(flag) == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        ("nf4_linear", "nf4"),
+        *((op, kind) for op in ("lora_linear", "multi_lora_linear") for kind in ("dense", "nf4")),
+    ],
+)
+def test_a_row_alone_has_the_bits_of_a_batch_where_bits_count(op: str, kind: str) -> None:
+    """y and dX: one schedule for any number of rows, on either side of every limit.
+
+    Rows keep their places: products of the interpreter are NumPy's, whose bits may go by the place in a tile.
+    """
+    n, k, m = 40, 192, 150
+    weight, draw = base(kind, n, k, torch.float32), random.Random(3)
+    table = AdapterTable.stack([(randn(r, k, seed=r) / 8, randn(n, r, seed=r + 1), 0.5) for r in (3, 17)])
+    x, dy, slots = randn(m, k), randn(m, n, seed=2), ids(*(draw.randrange(-1, 2) for _ in range(m)))
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].requires_grad_()
+        with peftrt.backend("triton"), peftrt.batch_invariant():
+            if op == "nf4_linear":
+                y = ops.nf4_linear(leaf, weight)
+            elif op == "lora_linear":
+                y = ops.lora_linear(leaf, weight, randn(8, k, seed=5) / 8, randn(n, 8, seed=6), 0.5)
+            else:
+                y = ops.multi_lora_linear(leaf, weight, table, slots[rows])
+        return y, *torch.autograd.grad(y, leaf, dy[rows])
+
+    everything = run(slice(None))
+    for count in (1, 5, 17, 70, 130):
+        rows = slice(0, count)
+        for got, want in zip(run(rows), everything, strict=True):
+            assert_same_bits(got, want[rows])

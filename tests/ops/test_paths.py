@@ -174,6 +174,15 @@ def test_rows_of_a_weight_that_no_piece_of_16_bytes_fits_are_few(m: int, name: s
     assert chosen("nf4_linear", (x, *weight, n, k - 16, block, bias)) == name
 
 
+@pytest.mark.parametrize("m", [1, 64, 500, 4000])
+def test_where_bits_count_every_number_of_rows_goes_by_triton_s_tiles(m: int, hopper: pytest.MonkeyPatch) -> None:
+    with peftrt.batch_invariant():
+        choice = choose("nf4_linear", OPS["nf4_linear"].backends, "cuda", arguments(m))
+        ways = {_paths.path(direction, on_cuda(m, 256)) for direction in ("forward", "dx", "lora", "lora_dense")}
+    assert choice.backend is not None
+    assert (choice.backend.name, ways) == ("triton", {TILE})
+
+
 def test_what_is_forced_is_not_asked_whether_it_is_slower(hopper: pytest.MonkeyPatch) -> None:
     for name in ("native", "triton"):
         with peftrt.backend(name):
