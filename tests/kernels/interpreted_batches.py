@@ -13,7 +13,7 @@ import torch
 import peftrt
 from tests.ops.multi_lora import Batch, check_gradients, check_rows
 
-COUNT = int(os.environ.get("PEFTRT_BATCHES", "10"))
+COUNT = int(os.environ.get("PEFTRT_BATCHES", "6"))
 # from here on some are large: the interpreter takes a minute for one
 SMALL = 16
 # its tl.dot is wrong in bf16

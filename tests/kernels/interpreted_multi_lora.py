@@ -358,18 +358,14 @@ def test_rows_are_routed_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "kind"),
-    [
-        ("nf4_linear", "nf4"),
-        *((op, kind) for op in ("lora_linear", "multi_lora_linear") for kind in ("dense", "nf4")),
-    ],
+    ("op", "kind"), [("nf4_linear", "nf4"), ("lora_linear", "dense"), ("multi_lora_linear", "nf4")]
 )
 def test_a_row_alone_has_the_bits_of_a_batch_where_bits_count(op: str, kind: str) -> None:
     """y and dX: one schedule for any number of rows, on either side of every limit.
 
     Rows keep their places: products of the interpreter are NumPy's, whose bits may go by the place in a tile.
     """
-    n, k, m = 40, 192, 150
+    n, k, m = 16, 2048, 80  # of so many columns sums are split, and into how many parts would go by the rows
     weight, draw = base(kind, n, k, torch.float32), random.Random(3)
     table = AdapterTable.stack([(randn(r, k, seed=r) / 8, randn(n, r, seed=r + 1), 0.5) for r in (3, 17)])
     x, dy, slots = randn(m, k), randn(m, n, seed=2), ids(*(draw.randrange(-1, 2) for _ in range(m)))
@@ -386,7 +382,7 @@ def test_a_row_alone_has_the_bits_of_a_batch_where_bits_count(op: str, kind: str
         return y, *torch.autograd.grad(y, leaf, dy[rows])
 
     everything = run(slice(None))
-    for count in (1, 5, 17, 70, 130):
+    for count in (1, 17, 70):
         rows = slice(0, count)
         for got, want in zip(run(rows), everything, strict=True):
             assert_same_bits(got, want[rows])
