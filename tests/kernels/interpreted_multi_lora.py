@@ -14,7 +14,7 @@ from peftrt import ops
 from peftrt.kernels._routes import TILE_ROWS, route
 from peftrt.kernels._slots import Table
 from peftrt.kernels.multi_lora_decode import multi_lora_decode
-from peftrt.ops import AdapterTable, _multi_lora_triton, _paths
+from peftrt.ops import AdapterTable, _device_flag, _paths
 from peftrt.ops._weight import weight_args
 from tests.cases import exact, laid_out, randn
 from tests.ops.multi_lora import base, ids
@@ -335,7 +335,7 @@ def test_the_flag_of_a_wrong_id_is_raised_by_the_next_call() -> None:
     assert int(flag) == 1
     assert bool(out[0].any())
     assert not bool(out[1:].any())
-    routes = route(ids(1, 0, 5, 1, -1), 2, _multi_lora_triton._flag(x.device))
+    routes = route(ids(1, 0, 5, 1, -1), 2, _device_flag.flag(x.device))
     assert routes.order.tolist() == [2, 4, 1, 0, 3]
     assert routes.starts.tolist() == [0, 2, 3, 5]
     with pytest.raises(ValueError, match=r"multi_lora_linear: slot_ids .* earlier call"):
