@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peftrt.reference.multi_lora_linear import BIAS, PAGE, X_SCALE, Y_SCALE
+from peftrt.formats.pages import BIAS, PAGE, X_SCALE, Y_SCALE
 
 LowRankPair = tuple[Tensor, Tensor, float]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
+from peftrt.formats.pages import PAGE, X_SCALE, Y_SCALE
 from peftrt.ops import _multi_lora_cuda, _multi_lora_native, _multi_lora_triton
 from peftrt.ops._adapter_table import AdapterTable
 from peftrt.ops._define import Backend, define, reference_backend
@@ -25,7 +26,7 @@ from peftrt.ops._weight import (
 )
 from peftrt.reference import multi_lora_linear as reference
 from peftrt.reference._weight import accumulator
-from peftrt.reference.multi_lora_linear import PAGE, X_SCALE, Y_SCALE, row_vectors, scaled
+from peftrt.reference.multi_lora_linear import row_vectors, scaled
 
 _OP = "multi_lora_linear"
 

@@ -12,12 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftrt.formats.pages import BIAS, PAGE, X_SCALE, Y_SCALE
 from peftrt.reference._weight import accumulator, dense_weight
-
-# ranks a page: what an adapter's rank is rounded up to in memory
-PAGE = 8
-# columns of vector_starts
-X_SCALE, Y_SCALE, BIAS = range(3)
 
 
 class Pairs(NamedTuple):

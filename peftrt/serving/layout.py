@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.errors import NonFiniteError
+from peftrt.formats.pages import PAGE, Y_SCALE
 from peftrt.nn import AdapterLinear
 from peftrt.serving.arena import round_up
 
-PAGE_RANKS = 8
-_VECTORS = ("x_scale", "y_scale", "bias")
-_FP32_BYTES = 4
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,19 +69,19 @@ class Layout:
 
     def __init__(self, sites: Sequence[Site], shape: Shape, itemsize: int) -> None:
         self.sizes: list[int] = []
-        most = max((-(-rank // PAGE_RANKS) for rank, _ in shape), default=0)
+        most = max((-(-rank // PAGE) for rank, _ in shape), default=0)
         ranks = torch.zeros(len(sites), dtype=torch.int32)
         pages = torch.zeros(2, len(sites), most, dtype=torch.int64)
-        vectors = torch.full((len(sites), len(_VECTORS)), -1)
+        vectors = torch.full((len(sites), 3), -1)
         for site, (rank, scaled) in zip(sites, shape, strict=True):
-            count = -(-rank // PAGE_RANKS)
+            count = -(-rank // PAGE)
             ranks[site.index] = rank
             for half, width in enumerate((site.k, site.n)):
                 pages[half, site.index, :count] = torch.arange(count) + len(self.sizes)
-                self.sizes += [round_up(PAGE_RANKS * width * itemsize)] * count
+                self.sizes += [round_up(PAGE * width * itemsize)] * count
             if scaled:
-                vectors[site.index, _VECTORS.index("y_scale")] = len(self.sizes)
-                self.sizes.append(round_up(site.n * _FP32_BYTES))
+                vectors[site.index, Y_SCALE] = len(self.sizes)
+                self.sizes.append(round_up(site.n * FP32_BYTES))
         ends = torch.tensor([0, *self.sizes]).cumsum(0)
         self.offsets = ends[:-1]
         self.nbytes = int(ends[-1])
@@ -105,12 +104,12 @@ def write_image(image: Tensor, layout: Layout, parts: Sequence[Part | None], dty
         if part is None:
             continue
         for numbers, matrix in ((layout.A_pages, part.lora_A), (layout.B_pages, part.lora_B.t())):
-            first, count = int(numbers[index, 0]), -(-matrix.shape[0] // PAGE_RANKS)
+            first, count = int(numbers[index, 0]), -(-matrix.shape[0] // PAGE)
             start, size = int(layout.offsets[first]), layout.sizes[first]
             _write_pages(image[start : start + count * size].view(count, size), matrix, dtype, source)
         if part.y_scale is not None:
-            start = int(layout.offsets[layout.vectors[index, 1]])
-            target = image[start : start + part.y_scale.numel() * _FP32_BYTES]
+            start = int(layout.offsets[layout.vectors[index, Y_SCALE]])
+            target = image[start : start + part.y_scale.numel() * FP32_BYTES]
             target.view(torch.float32).copy_(part.y_scale)
 
 
@@ -120,8 +119,8 @@ def _write_pages(target: Tensor, matrix: Tensor, dtype: torch.dtype, source: str
     values = matrix.to(dtype)
     if dtype != matrix.dtype and bool((matrix.isfinite() & ~values.isfinite()).any()):
         raise NonFiniteError(f"{source}: holds values beyond the range of {dtype}, in which the pool keeps adapters")
-    pages = target.view(dtype)[:, : PAGE_RANKS * width].unflatten(1, (PAGE_RANKS, width))
-    whole, rest = divmod(rank, PAGE_RANKS)
-    pages[:whole].copy_(values[: whole * PAGE_RANKS].reshape(whole, PAGE_RANKS, width))
+    pages = target.view(dtype)[:, : PAGE * width].unflatten(1, (PAGE, width))
+    whole, rest = divmod(rank, PAGE)
+    pages[:whole].copy_(values[: whole * PAGE].reshape(whole, PAGE, width))
     if rest:
-        pages[whole, :rest].copy_(values[whole * PAGE_RANKS :])
+        pages[whole, :rest].copy_(values[whole * PAGE :])

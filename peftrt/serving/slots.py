@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from peftrt import ops
+from peftrt.formats.pages import PAGE
 from peftrt.serving.arena import UNIT, Arena, Piece
-from peftrt.serving.layout import PAGE_RANKS, Layout, Site
+from peftrt.serving.layout import FP32_BYTES, Layout, Site
 from peftrt.serving.transfer import transfer_for
-
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +59,7 @@ class Slots:
         self.slab = torch.zeros(self.arena.nbytes, dtype=torch.uint8, device=device)
         self.max_adapters = max_adapters
         self._free = list(range(max_adapters - 1, -1, -1))
-        head, width = (len(sites), max_adapters), -(-max_rank // PAGE_RANKS)
+        head, width = (len(sites), max_adapters), -(-max_rank // PAGE)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*head, *shape, dtype=dtype, device=device)
@@ -129,7 +128,7 @@ class Slots:
         for target, numbers in ((self._A_pages, layout.A_pages), (self._B_pages, layout.B_pages)):
             write(target[:, slot, 0, :width], addresses[numbers] // self.dtype.itemsize)
         write(self._scaling[:, slot, 0], scaling)
-        starts = torch.where(layout.vectors < 0, -1, addresses[layout.vectors.clamp_min(0)] // _FP32_BYTES)
+        starts = torch.where(layout.vectors < 0, -1, addresses[layout.vectors.clamp_min(0)] // FP32_BYTES)
         write(self._vectors[:, slot], starts)
         write(self._ranks[:, slot, 0], layout.ranks)
 

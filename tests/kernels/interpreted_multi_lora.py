@@ -11,6 +11,7 @@ from torch import Tensor
 
 import peftrt
 from peftrt import ops
+from peftrt.formats.pages import PAGE
 from peftrt.kernels._routes import TILE_ROWS, route
 from peftrt.kernels._slots import Table
 from peftrt.kernels.multi_lora_decode import multi_lora_decode
@@ -22,7 +23,6 @@ from tests.tolerances import assert_close, assert_same_bits
 
 KINDS = ("none", "dense", "nf4")
 DTYPES = (torch.float32, torch.float16)
-PAGE = 8
 
 
 class Case:

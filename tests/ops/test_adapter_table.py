@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from peftrt import ops
+from peftrt.formats.pages import PAGE
 from peftrt.ops import AdapterTable, SlotAdapter
-from peftrt.reference.multi_lora_linear import PAGE, places
+from peftrt.reference.multi_lora_linear import places
 from tests.cases import exact, randn
 from tests.ops.multi_lora import adapters, base, by_row, ids
 from tests.tolerances import assert_close, assert_same_bits
@@ -131,3 +134,14 @@ def test_every_kind_of_adapter_is_a_row_of_one_batch(kind: str) -> None:
     torch.testing.assert_close(grads, wanted)
     narrow = function(*(t.detach().float() for t in leaves), b.float())
     torch.testing.assert_close(narrow, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_page_has_as_many_ranks_in_every_language() -> None:
+    root = Path(__file__).parents[2]
+    places = {
+        "kernels/_slots.py": r"PAGE = tl\.constexpr\((\d+)\)",
+        "csrc/cpu/kernels.h": r"kPage = (\d+);",
+        "csrc/cuda/kernels.h": r"kPageRanks = (\d+);",
+    }
+    for file, pattern in places.items():
+        assert re.findall(pattern, (root / file).read_text()) == [str(PAGE)], file
