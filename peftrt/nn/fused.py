@@ -18,6 +18,7 @@ from peftrt.nn.adapter_linear import AdapterLinear
 from peftrt.nn.principal import in_one
 from peftrt.ops._backend import wishes
 from peftrt.ops._eager import unobserved
+from peftrt.ops._invariant import invariant
 
 # How often in a row some result may be left behind.
 _PATIENCE = 4
@@ -136,7 +137,7 @@ def _below(parts: Sequence[Tensor | None]) -> Tensor | None:
 def _setting(x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), x.requires_grad, autocast, tuple(sorted(wishes().items()))
+    return torch.is_grad_enabled(), x.requires_grad, autocast, invariant(), tuple(sorted(wishes().items()))
 
 
 def _follow(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -48,3 +48,16 @@ def test_layers_compute_as_before_together_or_apart(
             assert all(layer.weight_parameters()[name] is tensor for name, tensor in tensors.items())
         for name, tensor in tensors.items():
             assert_same_bits(layer.weight_parameters()[name], tensor)
+
+
+def test_a_result_is_not_fetched_where_bits_count_if_they_did_not_when_it_was_computed() -> None:
+    layers = [peftrt.QLoRALinear(1024, 16, r=4, init=False, **PLAIN) for _ in range(2)]
+    assert lay_together(layers) is None
+    x = randn(3, 1024)
+    plain = [layer(x.clone()) for layer in layers]
+    with peftrt.batch_invariant():
+        wanted = layers[1](x.clone())
+    assert not torch.equal(wanted, plain[1])
+    layers[0](x)
+    with peftrt.batch_invariant():
+        assert_same_bits(layers[1](x), wanted)
