@@ -33,8 +33,6 @@ def by_row(layer: AdapterLinear, x: Tensor, routing: Routing) -> Tensor:
     lacking = [layer.principal_terms({name: 1.0} if name else {}) for name in (*slots, None)]
     adding = [*(layer.terms({name: 1.0}) for name in slots), []]
     both = [[*terms, *rest] for terms, rest in zip(adding, lacking, strict=True)]
-    if not any(both):
-        return layer._base(x)
     if lacking[-1]:
         slot_ids = torch.where(slot_ids < 0, len(slots), slot_ids)
     scales = [*(layer.row_scale(name, terms) for name, terms in zip(slots, both, strict=False)), None]
@@ -64,7 +62,9 @@ def _with_terms(
 
     halves = [half for entry in terms for term in entry for half in (term.lora_A, term.lora_B)]
     tensors = [*halves, *(c for c in scales if c is not None)]
-    if layer.training or not tensors or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if not tensors:
+        return layer._base(x)
+    if layer.training or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         table = stack()
     else:
         settings = tuple(tuple((term.scaling, term.lora_A.shape[0]) for term in entry) for entry in terms)
