@@ -3,13 +3,12 @@
 #include <algorithm>
 
 #include "cuda/adapter_share.h"
+#include "cuda/linear_any.h"
 #include "cuda/linear_kernel.h"
 
 namespace peftrt::cuda {
 
 namespace {
-
-constexpr int kAnyRows = 8;  // of x that a warp takes
 
 constexpr LinearLayout layout_of(int arch, int tiles) { return linear_layout(arch, tiles, adapter_bytes(tiles)); }
 // What does not fit an architecture is not launched there, and need not be compiled.
@@ -49,30 +48,18 @@ PEFTRT_DEVICE float share_of(const AdapterRows& r, int64_t row, int slot, int pa
   return share;
 }
 
-// For weights whose rows lie crookedly, as linear_any of nf4_linear.cu: a warp a row of W, and 8 rows of x, of which
-// the first 8 lanes have one each at the end.
+// For weights whose rows lie crookedly, as linear_any of nf4_linear.cu; the first kAnyRows lanes have a row of x each
+// at the end.
 template <class T>
 PEFTRT_KERNEL void PEFTRT_BOUNDS(256, 2) multi_linear_any(PEFTRT_CONSTANT Product p, PEFTRT_CONSTANT AdapterRows r) {
+  const AnyRows rows(p);
   const int lane = thread_index() % 32;
-  const int64_t warp = block_index() * 8 + thread_index() / 32, groups = (p.n + 7) / 8;
-  const int64_t n = warp % (groups * 8), first = warp / (groups * 8) * kAnyRows, row = first + lane;
+  const int64_t n = rows.n, row = rows.first + lane;
   if (n >= p.n) return;
-  const T* x = reinterpret_cast<const T*>(p.x) + first * p.k;
-  const float offset = load_offset(p.scales);
-  float sums[kAnyRows] = {}, sum = 0.0f;
-  for (int64_t k = lane; k < p.k; k += 32) {
-    const int64_t i = n * p.k + k;
-    const float scale = decode_scale(p.scales, load_scale(p.scales, i >> p.scales.shift), offset, kDeviceDynamic.value);
-    const T weight = {uint16_t(pack<T>(multiply(kDeviceNf4.value[nibble(p.codes, i)], scale), 0.0f))};
+  float sums[kAnyRows], sum = 0.0f;
+  sum_any<T>(p, rows, sums);
 #pragma unroll
-    for (int j = 0; j < kAnyRows; ++j)
-      if (first + j < p.m) sums[j] = fused_multiply_add(to_float(weight), to_float(x[j * p.k + k]), sums[j]);
-  }
-#pragma unroll
-  for (int j = 0; j < kAnyRows; ++j) {
-    for (int mask = 1; mask < 32; mask *= 2) sums[j] = add(sums[j], shuffle_xor(sums[j], mask));
-    sum = lane == j ? sums[j] : sum;
-  }
+  for (int j = 0; j < kAnyRows; ++j) sum = lane == j ? sums[j] : sum;
   if (lane >= kAnyRows || row >= p.m) return;
   const int slot = slot_of(r.of, row);
   int part = 0;
@@ -133,8 +120,7 @@ template <class T>
 const char* run(const Linear& linear, const AdapterRows& rows, uint64_t ticket, void* workspace, void* stream) {
   if (linear.k == 0 || !straight(linear)) {
     const Product product = product_of(linear, {}, 0, 0, nullptr);
-    const int64_t blocks = (linear.n + 7) / 8 * ((linear.m + kAnyRows - 1) / kAnyRows);
-    return launch(multi_linear_any<T>, blocks, 256, 0, stream, product, rows);
+    return launch(multi_linear_any<T>, any_blocks(linear), 256, 0, stream, product, rows);
   }
   int count = 0, arch = 0;
   if (const char* error = multiprocessors(&count)) return error;

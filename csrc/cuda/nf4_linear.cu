@@ -1,6 +1,7 @@
 // nf4_linear: which kernel, how that for a few rows of x is cut, and the one for weights whose rows lie crookedly.
 #include <algorithm>
 
+#include "cuda/linear_any.h"
 #include "cuda/linear_kernel.h"
 #include "cuda/wide_layout.h"
 
@@ -8,33 +9,17 @@ namespace peftrt::cuda {
 
 namespace {
 
-constexpr int kAnyRows = 8;  // of x that a warp takes
-
-// A warp a row of W, weight by weight: any K, any alignment. The products of a lane are 32 columns apart.
 template <class T>
 PEFTRT_KERNEL void PEFTRT_BOUNDS(256, 4) linear_any(Product p) {
-  const int lane = thread_index() % 32;
-  const int64_t row = block_index() * 8 + thread_index() / 32, groups = (p.n + 7) / 8;
-  const int64_t n = row % (groups * 8), m = row / (groups * 8) * kAnyRows;
-  if (n >= p.n) return;
-  const T* x = reinterpret_cast<const T*>(p.x) + m * p.k;
-  const float offset = load_offset(p.scales);
-  float sum[kAnyRows] = {};
-  for (int64_t k = lane; k < p.k; k += 32) {
-    const int64_t i = n * p.k + k;
-    const float scale = decode_scale(p.scales, load_scale(p.scales, i >> p.scales.shift), offset, kDeviceDynamic.value);
-    const T weight = {uint16_t(pack<T>(multiply(kDeviceNf4.value[nibble(p.codes, i)], scale), 0.0f))};
+  const AnyRows rows(p);
+  if (rows.n >= p.n) return;
+  float sums[kAnyRows];
+  sum_any<T>(p, rows, sums);
+  const float bias = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[rows.n]);
 #pragma unroll
-    for (int j = 0; j < kAnyRows; ++j)
-      if (m + j < p.m) sum[j] = fused_multiply_add(to_float(weight), to_float(x[j * p.k + k]), sum[j]);
-  }
-  const float bias = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[n]);
-#pragma unroll
-  for (int j = 0; j < kAnyRows; ++j) {
-    for (int mask = 1; mask < 32; mask *= 2) sum[j] = add(sum[j], shuffle_xor(sum[j], mask));
-    if (lane == 0 && m + j < p.m)
-      static_cast<T*>(p.y)[(m + j) * p.n + n] = {uint16_t(pack<T>(add(sum[j], bias), 0.0f))};
-  }
+  for (int j = 0; j < kAnyRows; ++j)
+    if (thread_index() % 32 == 0 && rows.first + j < p.m)
+      static_cast<T*>(p.y)[(rows.first + j) * p.n + rows.n] = {uint16_t(pack<T>(add(sums[j], bias), 0.0f))};
 }
 
 template <class T, int kTiles, int kUnit>
@@ -54,8 +39,7 @@ const char* run_tiles(const Product& product, int arch, void* stream) {
 
 template <class T>
 const char* run_any(const Linear& linear, void* stream) {
-  const int64_t blocks = (linear.n + 7) / 8 * ((linear.m + kAnyRows - 1) / kAnyRows);
-  return launch(linear_any<T>, blocks, 256, 0, stream, product_of(linear, {}, 0, 0, nullptr));
+  return launch(linear_any<T>, any_blocks(linear), 256, 0, stream, product_of(linear, {}, 0, 0, nullptr));
 }
 
 template <class T>
