@@ -44,6 +44,7 @@ NEVER = {"peft", "bitsandbytes", "adapters"}
 
 OP_HELPERS = {
     "_adapter_table",
+    "_addresses",
     "_define",
     "_backend",
     "_eager",

@@ -1,9 +1,12 @@
 """The operations: one signature each, served by the backend that fits the call."""
 
+from peftrt.ops._adamw_step import adamw_step
 from peftrt.ops._adapter_table import AdapterTable, SlotAdapter
+from peftrt.ops._addresses import CHUNK, DTYPE_CODES, Gradients
 from peftrt.ops._backend import BackendError, backend
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._dropout import dropout
+from peftrt.ops._gradient_norm import gradient_norm
 from peftrt.ops._invariant import batch_invariant
 from peftrt.ops._lora_linear import lora_linear
 from peftrt.ops._lora_weight_norm import lora_weight_norm
@@ -15,13 +18,18 @@ from peftrt.ops._row_scale_gradient import row_scale_gradient
 from peftrt.ops._scratch import release_scratch
 
 __all__ = [
+    "CHUNK",
+    "DTYPE_CODES",
     "AdapterTable",
     "BackendError",
+    "Gradients",
     "SlotAdapter",
+    "adamw_step",
     "backend",
     "batch_invariant",
     "dora_scale",
     "dropout",
+    "gradient_norm",
     "lora_linear",
     "lora_weight_norm",
     "multi_lora_linear",

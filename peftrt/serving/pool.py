@@ -17,6 +17,7 @@ from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.state import ModelAdapters, all_or_nothing, check_new_name, find_state, unwrap
 from peftrt.formats.errors import AdapterNameError
 from peftrt.formats.names import fold_name
+from peftrt.formats.sizes import expect_bytes
 from peftrt.nn.routing import current, opened
 from peftrt.serving.entry import Entry
 from peftrt.serving.errors import AdapterTooLargeError, PoolError, UnloadTimeoutError
@@ -24,7 +25,6 @@ from peftrt.serving.quota import Quota, Usage
 from peftrt.serving.reader import Origin, Packed, Reader
 from peftrt.serving.routing import PoolRouting
 from peftrt.serving.sites import common_dtype, expect_dtype, make_sites
-from peftrt.serving.sizes import expect_bytes
 from peftrt.serving.slots import Slots, check_room
 from peftrt.serving.stats import PoolStats
 from peftrt.serving.tiers import Tiers

@@ -1,0 +1,94 @@
+"""adamw_step: one step of AdamW over pages of state, whose chunks belong to many parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftrt.formats.adamw_state import BITS
+from peftrt.ops._addresses import Gradients
+from peftrt.ops._backend import announce
+from peftrt.ops._define import Op, reference_backend
+from peftrt.ops._weight import expect
+from peftrt.reference import adamw_step as reference
+
+
+def adamw_step(
+    state: Tensor,
+    chunks: Tensor,
+    gradients: Gradients,
+    hyper: Tensor,
+    coefficient: Tensor | None,
+    bits: int,
+    page_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    """Update parameters and the pages of their state, each operation rounded to fp32 by itself, never contracted::
+
+        g = coefficient g
+        m = m + (1 - beta1) (g - m)
+        v = v + (1 - beta2) (g g - v)
+        p = p - (lr weight_decay p + step_size (m / (sqrt(v) correction + eps)))
+
+    with ``step_size = lr / (1 - beta1^t)`` and ``correction = 1 / sqrt(1 - beta2^t)``; p is rounded once, to its dtype.
+    So every backend writes the same bits, on any device. The moments are moved towards g and g^2, not scaled and added
+    to: in fp32, ``beta2 v + (1 - beta2) g^2`` settles 1e-5 beside g^2, since the two factors are rounded apart.
+
+    It is not one of ``torch.ops``: it goes by addresses, which no schema can tell, and neither autograd nor a compiler
+    has business in it. ``peftrt.backend(adamw_step=...)`` chooses as for every operation.
+
+    Args:
+        state: the pages, uint8 [bytes], as ``peftrt.formats.adamw_state`` lays them out; all named by ``chunks`` are
+            of ``bits`` and ``page_bytes``.
+        chunks: int64 ``[C, 5]`` on the device: tensor, its first element and how many (at most CHUNK), offset of the
+            page in ``state`` in bytes (a multiple of 16), and first element in the page (a multiple of BLOCK). No two
+            overlap. A tensor without gradient is left alone, and so is its state.
+        gradients: T parameters, of ``dtype`` where chunks name them.
+        hyper: fp32 ``[T, 6]`` on the device: 1 - beta1, 1 - beta2, step_size, correction, eps, lr * weight_decay.
+        coefficient: what gradients are multiplied with, fp32 ``[]`` on the device, or None.
+        bits: 32 or 8.
+        page_bytes: of a page, a multiple of 16.
+        dtype: fp32, bf16 or fp16.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; nothing is changed.
+
+    Source: Adam, Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1; AdamW, Loshchilov and Hutter 2019
+    (arXiv:1711.05101), algorithm 2.
+    """
+    STEP.run(state.device.type, state, chunks, gradients, hyper, coefficient, bits, page_bytes, dtype)
+
+
+def _check(
+    state: Tensor,
+    chunks: Tensor,
+    gradients: Gradients,
+    hyper: Tensor,
+    coefficient: Tensor | None,
+    bits: int,
+    page_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    op, count = "adamw_step", len(gradients.params)
+    expect(bits in BITS, op, "bits", f"one of {BITS}", bits)
+    expect(state.dtype == torch.uint8 and state.dim() == 1, op, "state", "uint8 [bytes]", state)
+    expect(chunks.dtype == torch.int64 and chunks.shape[1:] == (5,), op, "chunks", "int64 [C, 5]", chunks)
+    expect(hyper.dtype == torch.float32 and hyper.shape == (count, 6), op, "hyper", f"fp32 [{count}, 6]", hyper)
+
+
+def _reference(
+    state: Tensor,
+    chunks: Tensor,
+    gradients: Gradients,
+    hyper: Tensor,
+    coefficient: Tensor | None,
+    bits: int,
+    page_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    params, grads = list(gradients.params), list(gradients.grads)
+    reference.forward(state, chunks, params, grads, hyper, coefficient, bits, page_bytes)
+
+
+announce("adamw_step")
+STEP = Op("adamw_step", _check, (reference_backend(_reference),), adamw_step)
