@@ -55,10 +55,14 @@ class Moments(NamedTuple):
         return Moments(self.exp_avg[start : start + count], self.exp_avg_sq[start : start + count], *scales)
 
 
+def block_bytes(bits: int) -> int:
+    """What the state of a block takes."""
+    return 8 * BLOCK if bits == 32 else 2 * BLOCK + 8
+
+
 def capacity(page_bytes: int, bits: int) -> int:
     """How many elements a page has room for."""
-    block_bytes = 8 * BLOCK if bits == 32 else 2 * BLOCK + 8
-    return page_bytes // block_bytes * BLOCK
+    return page_bytes // block_bytes(bits) * BLOCK
 
 
 def moments(page: Tensor, bits: int) -> Moments:
