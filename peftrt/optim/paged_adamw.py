@@ -352,14 +352,14 @@ class PagedAdamW(torch.optim.Optimizer):
             self._acquire(self._slots(self._budget))
 
     def shrink(self, nbytes: int | str) -> None:
-        """Lower the device's budget by so much, at once.
+        """Give back so much of what the device holds, at least, and lower the budget to what is left.
 
         Raises:
             ValueError: what is left is under three pages; nothing is changed.
         """
         self._expect_usable()
-        less = (self._budget or self.stats().device_bytes) - expect_bytes(nbytes, "nbytes")
-        slots = self._slots(max(less, 0))
+        less = max(0, self.stats().device_bytes - expect_bytes(nbytes, "nbytes"))
+        slots = self._slots(less)
         self._paging.release()
         self._budget = less
         self._acquire(slots)
