@@ -16,7 +16,7 @@ from torch import nn
 import peftrt
 from peftrt.optim import PagedAdamW
 from tests.cases import FLOATS, NATIVE
-from tests.optim.trained import PAGES, flat, gradients, moments_of, parameters, same, same_pages, train
+from tests.optim.trained import PAGES, gradients, moments_of, parameters, same, same_pages, train
 
 CASES = [(32, None), (32, 1.0), (8, None), (8, 1.0)]
 
@@ -271,7 +271,7 @@ def test_state_is_zero_before_the_first_step(tmp_path: Path) -> None:
     """Memory and the file are zeroed, not whatever was there."""
     for options in ({}, PAGES, {**PAGES, "backing": tmp_path}):
         optimizer = PagedAdamW(parameters(), **options)
-        assert all(not flat(part).any() for i in range(8) for part in moments_of(optimizer, i))
+        assert all(not part.any() for i in range(8) for part in moments_of(optimizer, i))
 
 
 def test_it_is_an_optimizer_to_torch() -> None:
