@@ -52,7 +52,7 @@ emulate: $(VENV)/.test
 
 # Builds a wheel, installs it beside nothing but its dependencies, and uses it outside the checkout.
 wheel-check: | $(VENV)/.torch
-	bash .ci/wheel-check
+	bash .ci/wheel-check $(KEEP)
 
 # torch first: peftrt compiles against the torch of the environment that it is installed into.
 $(VENV)/.torch: constraints.txt

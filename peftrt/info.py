@@ -13,12 +13,15 @@ import torch
 import peftrt
 from peftrt import _build
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import AdapterTable, _native
+from peftrt.ops import AdapterTable, Gradients, _native
+from peftrt.ops._adamw_step import STEP
 from peftrt.ops._define import OPS
+from peftrt.ops._gradient_norm import NORM
 from peftrt.ops._weight import weight_args
 
 _SIZE = 128  # rows and columns of the sample calls
 _RANK = 8
+_BY_ADDRESS = {op.name: op for op in (STEP, NORM)}  # an optimizer's, which no schema describes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,7 +41,7 @@ def collect() -> dict[str, Any]:
         "cuda": _cuda_library(),
         "devices": _devices(),
         "forced": os.environ.get("PEFTRT_BACKEND"),
-        "ops": {op: {device: _choices(op, device) for device in _kinds()} for op in sorted(OPS)},
+        "ops": {op: {device: _choices(op, device) for device in _kinds()} for op in sorted(OPS | _BY_ADDRESS)},
     }
 
 
@@ -127,9 +130,29 @@ def _kinds() -> list[str]:
 def _choices(op: str, device: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name, dtype in DTYPES.items():
-        choice = OPS[op].choice(*sample(op, device, dtype))
+        if op in _BY_ADDRESS:
+            choice = _BY_ADDRESS[op].choice(*_sample_by_address(op, device, dtype))
+        else:
+            choice = OPS[op].choice(*sample(op, device, dtype))
         found[name] = {"backend": choice.backend.name if choice.backend else "none", "not": dict(choice.reasons)}
     return found
+
+
+def _sample_by_address(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """As ``sample``: the call of a table without rows."""
+    tensor = torch.zeros(_SIZE, dtype=dtype, device=device)
+    gradients = Gradients([tensor], [tensor], torch.zeros(1, 3, dtype=torch.int64, device=device))
+    chunks = torch.zeros(0, 3 if op == NORM.name else 5, dtype=torch.int64, device=device)
+    if op == NORM.name:
+        return (
+            gradients,
+            chunks,
+            tensor.new_zeros(0, dtype=torch.float64),
+            1.0,
+            tensor.new_zeros(2, dtype=torch.float32),
+        )
+    state, hyper = tensor.new_zeros(_SIZE, dtype=torch.uint8), tensor.new_zeros(1, 6, dtype=torch.float32)
+    return state, chunks, gradients, hyper, None, 32, _SIZE, dtype
 
 
 def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
