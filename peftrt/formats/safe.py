@@ -6,6 +6,7 @@ file costs nothing and changes nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -79,13 +80,22 @@ class TensorReader(Closing):
             NonFiniteError: it holds NaN or infinity.
             FormatError: the file changed since it was opened.
         """
+        shape = self.entries[name].shape
+        return self.read_range(name, 0, math.prod(shape)).reshape(shape)
+
+    def read_range(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Return ``count`` elements from ``first`` of the tensor ``name``, flat; else as ``read``."""
         entry = self.entries[name]
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        self.file.read_into(memoryview(data.numpy().data), entry.start)
+        if not 0 <= first <= first + count <= math.prod(entry.shape):
+            raise ValueError(
+                f"{self.path}: tensor {name!a} of shape {list(entry.shape)} has no [{first}:{first + count}]"
+            )
+        data = torch.empty(count * entry.dtype.itemsize, dtype=torch.uint8)
+        self.file.read_into(memoryview(data.numpy().data), entry.start + first * entry.dtype.itemsize)
         self.file.verify_unchanged()
         if entry.dtype is torch.bool and bool((data > 1).any()):
             raise FormatError(f"{self.path}: tensor {name!a}: a byte of BOOL is neither 0 nor 1")
-        tensor = data.view(entry.dtype).reshape(entry.shape)
+        tensor = data.view(entry.dtype)
         if not self.allow_nonfinite and not is_finite(tensor):
             raise NonFiniteError(
                 f"{self.path}: tensor {name!a} holds NaN or infinity, expected finite values; allow_nonfinite=True "

@@ -19,6 +19,7 @@ from peftrt.ops import Gradients, adamw_step, gradient_norm
 from peftrt.optim.page_table import Kind, PageTable
 from peftrt.optim.pager import RING, Pager
 from peftrt.optim.parameters import Parameters, check_groups
+from peftrt.optim.saved_state import SavedState
 from peftrt.optim.step_tables import StepTables, table_bytes
 from peftrt.optim.stores import FileStore, HostStore, Store
 
@@ -59,7 +60,7 @@ class PagedStats:
     skipped: int
 
 
-class PagedAdamW(torch.optim.Optimizer):
+class PagedAdamW(SavedState):
     """AdamW with decoupled weight decay whose state lies in pages: those that fit stay on the device, the others stream
     through three slots from page-locked host memory, or from a file.
 
@@ -263,7 +264,7 @@ class PagedAdamW(torch.optim.Optimizer):
         try:
             pager.step(touched, launch)
         except BaseException as error:
-            self._broken = f"{type(error).__name__}: {error}"
+            self._broken = f"an earlier step failed half-way ({type(error).__name__}: {error})"
             raise
 
     def _hyper(self, steps: np.ndarray) -> np.ndarray:
@@ -280,17 +281,17 @@ class PagedAdamW(torch.optim.Optimizer):
             rows[first:last, 5] = lr * group["weight_decay"]
         return rows.astype(np.float32)
 
-    def _expect_whole(self) -> None:
+    def _expect_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"PagedAdamW: made in process {self._process}, used in its fork {os.getpid()}: pages, threads and CUDA "
                 "are the first one's alone; make the optimizer after the fork"
             )
+
+    def _expect_whole(self) -> None:
+        self._expect_process()
         if self._broken is not None:
-            raise PoisonedError(
-                f"PagedAdamW: an earlier step failed half-way ({self._broken}): load a state, and the parameters that "
-                "belong to it"
-            )
+            raise PoisonedError(f"PagedAdamW: {self._broken}: load a state, and the parameters that belong to it")
 
     def _expect_usable(self) -> None:
         self._expect_whole()
@@ -301,7 +302,12 @@ class PagedAdamW(torch.optim.Optimizer):
             )
 
     def read_page(self, page: int) -> Tensor:
-        """A page's bytes as of the last step, uint8 ``[page_bytes]`` on the CPU; they hold until the next call."""
+        """A page's bytes as of the last step, uint8 ``[page_bytes]`` on the CPU; they hold until the next call.
+
+        Raises:
+            PoisonedError, RuntimeError: as ``step`` does.
+        """
+        self._expect_whole()
         return self._paging.read(page)
 
     def write_page(self, page: int, data: Tensor) -> None:
@@ -314,6 +320,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
         It makes a poisoned optimizer good; where it ends with an error, the optimizer is poisoned.
         """
+        self._expect_process()
         self._broken = "loading a state was not finished"
         self._paging.forget()
         yield
