@@ -27,6 +27,7 @@ class Cell:
     bytes, flops: formulas over N, K, M, R and the dtype's size s: the traffic with main memory and the arithmetic
         that no implementation can avoid.
     letters: what else they are over, by name.
+    moved: a formula for the bytes that go from where pages lie to the device, and as many back; empty for none.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Cell:
     bytes: str
     flops: str
     letters: tuple[tuple[str, int], ...] = ()
+    moved: str = ""
 
     @property
     def id(self) -> str:
@@ -62,6 +64,7 @@ class Cell:
             **self.describe_size(),
             "bytes": {"formula": self.bytes, "value": round(self.evaluate(self.bytes))},
             "flops": {"formula": self.flops, "value": round(self.evaluate(self.flops))},
+            **({"moved": {"formula": self.moved, "value": round(self.evaluate(self.moved))}} if self.moved else {}),
         }
 
 

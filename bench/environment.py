@@ -19,7 +19,7 @@ from peftrt.ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES, SUFFIXES = ("csrc", "kernels", "peftrt", "bench"), {".py", ".cu", ".cuh", ".cpp", ".h"}
-PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "numpy", "vllm", "sglang")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "numpy", "vllm", "sglang", "torchao")
 
 
 def device_name(device: str) -> str:

@@ -102,7 +102,8 @@ class Runner:
         else:
             self._benchmark.group = f"{cell.op} {cell.part} {DTYPE_NAMES[cell.dtype]}"
             self._benchmark.pedantic(race.own, teardown=race.others, rounds=race.rounds, iterations=race.own_calls)
-        floor = self._session.ceilings.floor(cell.evaluate(cell.bytes), cell.evaluate(cell.flops))
+        formulas = (cell.bytes, cell.flops, cell.moved or "0")
+        floor = self._session.ceilings.floor(*(cell.evaluate(formula) for formula in formulas))
         entries = measure.report(race, found, floor)
         if self._benchmark is not None:
             self._benchmark.extra_info.update(entries)

@@ -97,14 +97,20 @@ def _judge_cell(mark: Mark, cell_id: str, cell: Mapping[str, Any], run: Mapping[
         return Verdict(mark, mark.op, cell_id, cell["failed"], None)
     own = cell["contenders"][OWN]
     if mark.versus == FLOOR:
-        assert mark.at_least is not None
-        return Verdict(mark, mark.op, cell_id, f"{own['share_of_floor']:.0%}", own["share_of_floor"] / mark.at_least)
+        return Verdict(mark, mark.op, cell_id, *_against_the_floor(mark, own["share_of_floor"]))
     peer = _peer(mark, cell["contenders"])
     if "skipped" in peer:
         return Verdict(mark, mark.op, cell_id, f"skipped: {peer['skipped']}", None)
     if mark.at_least is not None:
         return Verdict(mark, mark.op, cell_id, f"{peer['ratio']:.3g}x", peer["ratio"] / mark.at_least)
     return Verdict(mark, mark.op, cell_id, *_at_most(mark, cell, own, peer, run))
+
+
+def _against_the_floor(mark: Mark, share: float) -> tuple[str, float]:
+    if mark.at_least is not None:
+        return f"{share:.0%}", share / mark.at_least
+    assert mark.at_most is not None
+    return f"{1 / share:.3g}x", share * mark.at_most
 
 
 def _peer(mark: Mark, contenders: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bench.shapes import ENCODER, GPU_ROWS, GPU_SITES, LLAMA_8B, SMALLEST_SIDE, Site
+from bench.shapes import ENCODER, FLAT_GPU, GPU_ROWS, GPU_SITES, LLAMA_8B, LORA_TENSORS, SMALLEST_SIDE, Site
 
 FLOOR = "the floor"  # what the device's own ceilings allow for the cell's bytes and operations
 
@@ -17,9 +17,10 @@ class Mark:
     """``at_least`` times as fast as ``versus``, or a time of ``at_most`` times its plus ``plus_us`` microseconds; with
     ``memory``, a peak of memory of ``at_most`` times its; with ``added``, that of what each takes beyond its own base.
 
-    Against ``FLOOR``, ``at_least`` is the share of its speed; it holds for floors of ``floor_us`` and more. Several
-    names in ``versus`` are the fastest of them. With ``plus_bytes``, a formula, the peer's time also has that of these
-    bytes at the measured bandwidth. With ``mean`` it is the geometric mean over the cells that is judged.
+    Against ``FLOOR``, ``at_least`` is the share of its speed, ``at_most`` the multiple of its time; it holds for floors
+    of ``floor_us`` and more. Several names in ``versus`` are the fastest of them. With ``plus_bytes``, a formula, the
+    peer's time also has that of these bytes at the measured bandwidth. With ``mean`` it is the geometric mean over the
+    cells that is judged.
 
     ``part`` may be a pattern. ``rows`` are the values of M that it holds for; with ``and_up`` the first of them and all
     above; empty for any. ``sites`` are the weights; None for all whose sides are long enough. ``everywhere`` marks ask
@@ -72,7 +73,7 @@ class Mark:
 
     def __str__(self) -> str:
         peer = " / ".join(self.peers)
-        if self.versus == FLOOR:
+        if self.versus == FLOOR and self.at_least is not None:
             return f">= {self.at_least:.0%} of {FLOOR}" + (f" from {self.floor_us:g} µs" if self.floor_us else "")
         if self.at_least is not None:
             return f">= {self.at_least:g}x {peer}" + (" in the geometric mean" if self.mean else "")
@@ -128,6 +129,21 @@ def _multi_lora_gpu() -> Iterable[Mark]:
     yield Mark(op, "none-*", "bf16", (), FLOOR, at_least=0.65, floor_us=10, **on_all)
 
 
+def _paged_adamw(device: str) -> Iterable[Mark]:
+    """Everything resident, on many small tensors and on one large one; paged, against what the copies allow. In bf16
+    torch's state is half as large: its fused AdamW is a mark for parameters in fp32 alone.
+    """
+    op, part = "paged_adamw", "32bit-resident"
+    yield Mark(op, part, "fp32", (), "torch", at_most=0.9, sites=(LORA_TENSORS,))
+    if device == "cpu":
+        return
+    yield Mark(op, part, "fp32", (), "torch", at_most=1.05, sites=(FLAT_GPU,))
+    for dtype in ("fp32", "bf16"):
+        yield Mark(op, part, dtype, (), "bitsandbytes paged", at_least=3, sites=(LORA_TENSORS,))
+    for dtype in ("fp32", "bf16"):
+        yield Mark(op, "*-rho*", dtype, (), FLOOR, at_most=1.15, sites=(LORA_TENSORS, FLAT_GPU))
+
+
 CPU = (
     *_linear("forward", "fp32", 1, 42, 3.6),
     *_linear("forward", "fp32", 4, 25, 5.5),
@@ -146,6 +162,7 @@ CPU = (
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
     *_multi_lora_cpu(),
+    *_paged_adamw("cpu"),
 )
 
 
@@ -190,6 +207,7 @@ H200 = (
     Mark("lora_linear", "nf4-train", "bf16", (8192,), "peft+bitsandbytes", at_least=1.2),
     Mark("train_step", "llama-8b", "bf16", (), "peft+bitsandbytes", at_least=1.3, sites=(LLAMA_8B,)),
     Mark("train_step", "llama-8b", "bf16", (), "peft+bitsandbytes", at_most=0.9, sites=(LLAMA_8B,), memory=True),
+    *_paged_adamw("gpu"),
     *_multi_lora_gpu(),
     *GPU,
 )

@@ -22,6 +22,7 @@ from bench import (
     bench_nf4_dequantize,
     bench_nf4_linear,
     bench_nf4_quantize,
+    bench_paged_adamw,
     bench_train_step,
     environment,
     marks,
@@ -41,6 +42,7 @@ BENCHES: dict[str, tuple[Callable[[str, bool], list[Cell]], Callable[[Cell, Runn
     "nf4_quantize": (bench_nf4_quantize.cells, bench_nf4_quantize.bench_nf4_quantize),
     "lora_linear": (bench_lora_linear.cells, bench_lora_linear.bench_lora_linear),
     "train_step": (bench_train_step.cells, bench_train_step.bench_train_step),
+    "paged_adamw": (bench_paged_adamw.cells, bench_paged_adamw.bench_paged_adamw),
     "multi_lora_linear": (bench_multi_lora_linear.cells, bench_multi_lora_linear.bench_multi_lora_linear),
 }
 

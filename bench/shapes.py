@@ -51,6 +51,12 @@ RANKS = (8, 16, 64, 128)
 MIXED_RANKS = (8, 16, 32, 64, 128, 8, 16, 32)
 GPU_MULTI_ROWS = (1, 8, 32, 128, 2048)
 
+# What an optimizer is given, as N tensors of K elements: A and B of rank 8 on the seven linear layers of Llama-3.1-8B's
+# 32 blocks, were they all 4096 wide; and one large tensor, smaller on a CPU to save time and memory.
+LORA_TENSORS = Site(448, 8 * 4096)
+FLAT_CPU, FLAT_GPU = Site(1, 1 << 24), Site(1, 1 << 26)
+QUICK_TENSORS = (Site(12, 8192), Site(1, 1 << 17))
+
 # Small enough that every cell takes well under a second: shows that the machinery works, and nothing about speed.
 QUICK_SITES = (Site(512, 1024),)
 QUICK_ROWS = (1, 16)
@@ -61,6 +67,13 @@ def sites(device: str, quick: bool = False) -> tuple[Site, ...]:
     if quick:
         return QUICK_SITES
     return CPU_SITES if device == "cpu" else GPU_SITES
+
+
+def tensors(device: str, quick: bool = False) -> tuple[Site, ...]:
+    """What an optimizer is given on ``"cpu"`` or ``"cuda"``."""
+    if quick:
+        return QUICK_TENSORS
+    return LORA_TENSORS, FLAT_CPU if device == "cpu" else FLAT_GPU
 
 
 def rows(device: str, quick: bool = False, lora: bool = False) -> tuple[int, ...]:

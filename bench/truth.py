@@ -122,6 +122,33 @@ def lora_gradients(
     return linear_dx(grad, weight) + inner @ A, inner.t() @ wide, scaling * (grad.t() @ (wide @ A.t())), *of_magnitude
 
 
+def adamw(
+    values: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameter and both moments in float64 after AdamW's step of that number, counted from 1."""
+    parameter, exp_avg, exp_avg_sq = (value.double() for value in values)
+    g = grad.double()
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * g
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * g * g
+    mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return (1 - lr * weight_decay) * parameter - lr * mean / (square.sqrt() + eps), exp_avg, exp_avg_sq
+
+
+def eight_bits(values: Tensor, codebook: Tensor, block: int = 256) -> Tensor:
+    """What is left of ``values``, a multiple of ``block``, when each is the nearest level of its block's largest."""
+    blocks, levels = values.double().view(-1, block), codebook.to(values.device).double()
+    scale = blocks.abs().amax(dim=1, keepdim=True).float().double()
+    codes = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
+    return (levels[codes] * scale).view_as(values)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest absolute error as a share of the largest true magnitude; infinite where a value is not finite.
 

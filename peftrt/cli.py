@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import peftrt
 from peftrt.finetune.errors import Interrupted, RunError, UserError
+from peftrt.finetune.optimizers import OPTIMIZERS
 from peftrt.finetune.settings import TASKS, Settings
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -136,6 +137,13 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add(training, "--steps", "optimizer steps, instead of --epochs", type=_count, metavar="N")
     add(training, "--batch-size", "examples a batch", type=_count, metavar="N")
     add(training, "--grad-accum", "batches a step", type=_count, metavar="N")
+    add(training, "--optim", "AdamW by torch, or with its state in pages, in 32 or 8 bits", choices=OPTIMIZERS)
+    add(
+        training,
+        "--optim-budget",
+        "memory for a paged state, such as 64MiB; the rest of it is in host memory, on a CPU in a file in --out",
+        metavar="BYTES",
+    )
     add(training, "--weight-decay", "AdamW's weight decay", type=_not_negative, metavar="X")
     add(training, "--loraplus-ratio", "LoRA+: B learns this many times as fast as A", type=_positive, metavar="X")
     add(training, "--max-grad-norm", "clip gradients to this norm; 0 for never", type=_not_negative, metavar="X")

@@ -1,4 +1,4 @@
-"""The README's serving example runs as it stands, on a model of small sizes."""
+"""The README's examples of serving and of paged state run as they stand, on a model of small sizes."""
 
 from __future__ import annotations
 
@@ -45,3 +45,21 @@ def test_the_serving_example_serves_each_row_its_own_adapter(
         one = alone.generate(**{**prompts, "input_ids": tokens(4)[i : i + 1]})
         assert names["tokens"][i].tolist() == one[0].tolist(), folder
     assert len({tuple(row.tolist()) for row in names["tokens"]}) == 4
+
+
+def test_the_optimizers_example_trains_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model: Any = build("llama")
+    peftrt.adapt(model, config("llama", r=4, lora_alpha=8), name="fr")
+    model(tokens(2)).logits.square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    names: dict[str, Any] = {"peftrt": peftrt, "model": model}
+    exec(block("PagedAdamW"), names)
+    assert "PagedStats(pages=" in capsys.readouterr().out
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    same = peftrt.optim.PagedAdamW(peftrt.optim.param_groups(model, 2e-4))
+    same.load(tmp_path / "state.safetensors")
+    assert same.stats().pages > 0

@@ -18,6 +18,7 @@ from peftrt.finetune.checkpoint import CHECKPOINT, RUN, Interrupts, write_json
 from peftrt.finetune.datasets import Dataset, load_dataset
 from peftrt.finetune.errors import Interrupted, RunError, UserError
 from peftrt.finetune.examples import Batch
+from peftrt.finetune.optimizers import PAGED, Optim
 from peftrt.finetune.plots import plot_run
 from peftrt.finetune.progress import Progress, console, human_bytes, human_time, peak_memory
 from peftrt.finetune.settings import Settings
@@ -100,7 +101,9 @@ class Run:
             loraplus_ratio=settings.loraplus_ratio or 1.0,
         )
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return Trainer(trained, self.loss, self.data.train, plan, self.device)
+        backing = "host" if self.device.type == "cuda" or settings.optim_budget is None else Path(settings.out)
+        optim = Optim(settings.optim, settings.optim_budget, backing)
+        return Trainer(trained, self.loss, self.data.train, plan, self.device, optim)
 
     def forward(self, batch: Batch) -> Tensor:
         with self._precision():
@@ -194,6 +197,9 @@ def _describe(run: Run) -> None:
         f"{held_out:,} held out{labels}",
         soft_wrap=True,
     )
+    if run.settings.optim in PAGED:
+        held = human_bytes(run.trainer.optimizer_bytes)
+        run.out.print(f"{run.settings.optim}: {held} of the device for the optimizer's state", soft_wrap=True)
 
 
 def _adapt(model: nn.Module, settings: Settings, whole: list[str]) -> Any:
@@ -257,6 +263,7 @@ def _finish(run: Run, directory: Path) -> None:
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_bytes": peak_memory(),
+        "optimizer_bytes": trainer.optimizer_bytes,
         "evaluation": run.evaluations[-1] if run.evaluations else None,
         "evaluations": run.evaluations,
         "history": [{"step": s.number, "loss": s.loss, "lr": s.rate, "tokens": s.tokens} for s in trainer.history],
@@ -270,7 +277,15 @@ def _finish(run: Run, directory: Path) -> None:
 
 
 def _begin(run: Run, directory: Path) -> None:
+    before = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
+    try:
+        # The optimizer's pages may lie in the directory. What it cannot be had with is said before anything is removed.
+        _ = run.trainer
+    except BaseException:
+        if not before:
+            directory.rmdir()
+        raise
     for name in WRITTEN:
         (directory / name).unlink(missing_ok=True)
     _write_run(run, directory)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from peftrt.finetune.errors import UserError
+from peftrt.finetune.optimizers import PAGED
 from peftrt.finetune.records import check_file
+from peftrt.formats.sizes import expect_bytes
 
 TASKS = ("classify", "causal-lm")
 # A resumed run may be given these anew; all else decides what comes out.
-FREE = ("save_every",)
+FREE = ("save_every", "optim_budget")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Settings:
     max_length: int | None = None  # None is 256, or the model's own limit where that is lower
     warmup: float = 0.05
     schedule: str = "cosine"
+    optim: str = "adamw"
+    optim_budget: str | None = None
     weight_decay: float = 0.0
     loraplus_ratio: float | None = None
     max_grad_norm: float = 1.0
@@ -60,6 +64,13 @@ class Settings:
             raise UserError(f"--model: no such directory: {self.model}")
         if Path(self.model).is_dir() and not (Path(self.model) / "config.json").is_file():
             raise UserError(f"--model: {self.model} has no config.json: expected a Hugging Face model's directory")
+        if self.optim_budget is not None:
+            if self.optim not in PAGED:
+                raise UserError(f"--optim-budget needs --optim {' or '.join(PAGED)}, not {self.optim}")
+            try:
+                expect_bytes(self.optim_budget, "--optim-budget")
+            except (TypeError, ValueError) as error:
+                raise UserError(str(error)) from None
 
     def warmup_steps(self, steps: int) -> int:
         """``warmup`` under 1 is a share of the run, otherwise a number of steps."""

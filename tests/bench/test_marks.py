@@ -13,6 +13,7 @@ from bench.bench_lora_linear import cells as lora_cells
 from bench.bench_multi_lora_linear import cells as multi_lora_cells
 from bench.bench_nf4_dequantize import cells as dequantize_cells
 from bench.bench_nf4_linear import cells as linear_cells
+from bench.bench_paged_adamw import cells as paged_cells
 from bench.bench_train_step import cells as step_cells
 from bench.results import OWN
 
@@ -120,6 +121,24 @@ def test_a_share_of_the_floor_is_judged_without_a_peer() -> None:
     assert (peer.got, peer.margin) == ("skipped: not a contender", None)
 
 
+@pytest.mark.parametrize(("share", "got", "words"), [(0.8, "1.25x", "missed by 8 %"), (0.9, "1.11x", "reached")])
+def test_a_multiple_of_the_floors_time(share: float, got: str, words: str) -> None:
+    cell = _cell("8bit-rho0.1", 0, 2.0, dtype="bf16") | {"N": 448, "K": 32768}
+    cell["contenders"][OWN]["share_of_floor"] = share
+    verdict = _verdict(_results("paged_adamw", cell, H200), "<= 1.15x the floor")
+    assert (verdict.got, str(verdict)) == (got, words)
+    assert not list(judging.judge(_results("paged_adamw", cell, CPU)))
+
+
+def test_an_optimizer_is_held_against_torch_in_fp32_alone() -> None:
+    for dtype, words in (
+        ("fp32", {"<= 0.9x torch", ">= 3x bitsandbytes paged"}),
+        ("bf16", {">= 3x bitsandbytes paged"}),
+    ):
+        cell = _cell("32bit-resident", 0, 1.0, dtype, torch=1.0) | {"N": 448, "K": 32768}
+        assert {str(verdict.mark) for verdict in judging.judge(_results("paged_adamw", cell, H200))} == words
+
+
 def _multi(part: str, M: int, dtype: str = "bf16", **ratios: float) -> dict[str, Any]:
     cell = _cell(part, M, 1.0, dtype=dtype, **ratios)
     return {**cell, "T": 128, "Q": 128}
@@ -204,7 +223,7 @@ def test_a_floor_that_is_passed_too_soon_is_not_judged() -> None:
         assert words.count(">= 65% of the floor from 10 µs") == count
 
 
-CELLS = (linear_cells, dequantize_cells, lora_cells, step_cells, multi_lora_cells)
+CELLS = (linear_cells, dequantize_cells, lora_cells, step_cells, multi_lora_cells, paged_cells)
 
 
 def test_every_mark_speaks_of_a_cell_that_is_measured() -> None:

@@ -167,6 +167,8 @@ def test_resume_takes_no_other_settings(
     for arguments, message in (
         (["--lr", "1"], "the run has --lr 0.005, not 1.0: leave --lr away"),
         (["--steps", "9"], "the run has --steps None, not 9"),
+        (["--optim", "paged-adamw"], "the run has --optim adamw, not paged-adamw"),
+        (["--optim-budget", "64MiB"], "--optim-budget needs --optim paged-adamw or paged-adamw-8bit, not adamw"),
         (["--task", "causal-lm"], "the run has --task classify, not causal-lm"),
         (["--overwrite"], "--resume and --overwrite exclude each other"),
     ):

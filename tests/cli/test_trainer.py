@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftrt.finetune.errors import RunError, UserError
 from peftrt.finetune.examples import IGNORE, Batch, Examples, Order
 from peftrt.finetune.metrics import macro_f1, perplexity
+from peftrt.finetune.optimizers import OPTIMIZERS, PAGED, Optim
 from peftrt.finetune.tasks import causal_lm_loss, evaluate_causal_lm, evaluate_classify
 from peftrt.finetune.trainer import Plan, Trainer, steps_per_epoch
 
@@ -42,8 +43,8 @@ class Bag(nn.Module):
         return F.cross_entropy(self(batch), batch.labels, reduction="sum")
 
 
-def trainer(model: Bag, plan: Plan) -> Trainer:
-    return Trainer(dict(model.named_parameters()), model.loss, examples(), plan)
+def trainer(model: Bag, plan: Plan, optim: Optim | None = None) -> Trainer:
+    return Trainer(dict(model.named_parameters()), model.loss, examples(), plan, optim=optim)
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
@@ -120,11 +121,13 @@ def test_losses_are_means_over_all_targets_of_a_step() -> None:
     assert steps_per_epoch(22, 4, 3) == 2
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
-def test_accumulated_batches_train_as_one(clip: float) -> None:
+def test_accumulated_batches_train_as_one(clip: float, name: str) -> None:
     """One step over the whole set, cut in six, is one step of AdamW on the mean loss."""
     cut, whole = Bag(), Bag()
-    list(trainer(cut, Plan(steps=1, lr=0.1, batch_size=4, grad_accum=6, max_grad_norm=clip, weight_decay=0.1)))
+    plan = Plan(steps=1, lr=0.1, batch_size=4, grad_accum=6, max_grad_norm=clip, weight_decay=0.1)
+    list(trainer(cut, plan, Optim(name)))
     batch = examples().batch(np.arange(22))
     optimizer = torch.optim.AdamW(whole.parameters(), lr=0.1, weight_decay=0.1)
     (whole.loss(batch) / 22).backward()
@@ -135,11 +138,12 @@ def test_accumulated_batches_train_as_one(clip: float) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_restored_trainer_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_trainer_goes_on_bit_for_bit(name: str) -> None:
     plan = Plan(steps=20, lr=0.05, batch_size=4, grad_accum=2, warmup=3, seed=2)
     torch.manual_seed(7)
     model = Bag(dropout=0.4)
-    straight = trainer(model, plan)
+    straight = trainer(model, plan, Optim(name))
     saved = None
     for step in straight:
         if step.number == 8:
@@ -149,13 +153,31 @@ def test_a_restored_trainer_goes_on_bit_for_bit() -> None:
     other = Bag(dropout=0.4)
     with torch.no_grad():
         other.table.zero_()
-    resumed = trainer(other, plan)
+    resumed = trainer(other, plan, Optim(name))
     resumed.restore(saved)
     assert resumed.step == 8
     list(resumed)
     assert [step.loss for step in resumed.history] == [step.loss for step in straight.history]
     for ours, expected in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_a_state_in_pages_goes_on_from_torchs(name: str) -> None:
+    """The entries are the same, and so are the numbers, as far as the last bits of a step go."""
+    plan = Plan(steps=12, lr=0.05, batch_size=4, seed=2)
+    model, other = Bag(), Bag()
+    first = trainer(model, plan)
+    steps = iter(first)
+    for _ in range(6):
+        next(steps)
+    saved = {key: value.clone() for key, value in first.state().items()}
+    assert {"optimizer.step.out", "optimizer.exp_avg.out", "optimizer.exp_avg_sq.out"} < set(saved)
+    second = trainer(other, plan, Optim(name))
+    second.restore(saved)
+    for key, value in second.state().items():
+        assert torch.equal(value, saved[key]), key
+    assert [step.loss for step in second] == pytest.approx([step.loss for step in steps], rel=1e-4)
 
 
 def test_a_state_of_another_model_changes_nothing() -> None:
