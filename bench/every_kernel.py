@@ -20,7 +20,9 @@ from torch import Tensor
 from bench import truth
 from bench.shapes import RANK
 from peftrt import BackendError, NF4Weight, backend, ops
+from peftrt.formats.adamw_state import BITS
 from peftrt.ops._weight import weight_args
+from peftrt.optim.page_table import Kind, PageTable
 from peftrt.reference.dropout import keep_mask
 
 FEW = 64  # rows that adapters of many slots, and one without dropout, have kernels for
@@ -97,6 +99,10 @@ def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callabl
         for name in BACKENDS[device]:
             yield name, f"nf4_quantize {_name(size, dtype)}", lambda s=size, d=dtype: _quantize(s, d, device)
             yield name, f"nf4_dequantize {_name(size, dtype)}", lambda s=size, d=dtype: _dequantize(s, d, device)
+    for bits, dtype in [*itertools.product(BITS, floats)][job::jobs]:
+        for name in BACKENDS[device]:
+            what = f"adamw_step and gradient_norm {bits} bits {dtype}".replace("torch.", "")
+            yield name, what, lambda b=bits, d=dtype: _adamw(b, d, device)
     for size, M, dtype in CASES[job::jobs]:
         for name in BACKENDS[device]:
             case = size, M, dtype, device
@@ -289,6 +295,39 @@ def _multi_lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str
     # dZ is rounded to x's dtype
     words = [_far(actual, true, truth.TOLERANCES[dtype]) for actual, true in zip(got, expected, strict=True)]
     return "; ".join(f"{name}: {word}" for name, word in zip(("y", "dx", "dvalues"), words, strict=True) if word)
+
+
+def _adamw(bits: int, dtype: torch.dtype, device: str) -> str:
+    """Two steps with clipped gradients; tensors whole and ragged, in two pages, aligned or not."""
+    for aligned in (True, False):
+        got = _steps(bits, dtype, device, aligned)
+        with backend("reference"):
+            expected = _steps(bits, dtype, "cpu", aligned)
+        if not all(a.cpu().equal(b) for a, b in zip(got, expected, strict=True)):
+            return "other bits"
+    return ""
+
+
+def _steps(bits: int, dtype: torch.dtype, device: str, aligned: bool) -> tuple[Tensor, ...]:
+    """Parameters, state, norm and coefficient."""
+    sizes, page_bytes = (9000, 300), 16 * 1040
+    table = PageTable(sizes, [Kind(bits, dtype)] * len(sizes), page_bytes)
+    memory = [_normal(2, 9008, dtype=dtype, seed=i).to(device) for i in range(len(sizes))]
+    params, grads = ([m[i, not aligned :][:n] for m, n in zip(memory, sizes, strict=True)] for i in range(2))
+    code = ops.DTYPE_CODES[dtype]
+    rows = [(p.data_ptr(), g.data_ptr(), code) for p, g in zip(params, grads, strict=True)]
+    gradients = ops.Gradients(params, grads, torch.tensor(rows, device=device), aligned)
+    state = torch.zeros(table.nbytes, dtype=torch.uint8, device=device)
+    pages = range(len(table.pages))
+    chunks = [row for page in pages for row in table.chunks(page, page * page_bytes, ops.CHUNK)]
+    parts = [(i, o, min(ops.CHUNK, n - o)) for i, n in enumerate(sizes) for o in range(0, n, ops.CHUNK)]
+    partials, out = torch.empty(len(parts), dtype=torch.float64, device=device), torch.empty(2, device=device)
+    hyper = torch.tensor([[0.1, 0.001, 0.01, 30.0, 1e-8, 1e-4]] * len(sizes), device=device)
+    for _ in range(2):
+        ops.gradient_norm(gradients, torch.tensor(parts, device=device), partials, 1.0, out)
+        table_of_chunks = torch.tensor(chunks, device=device)
+        ops.adamw_step(state, table_of_chunks, gradients, hyper, out[1], bits, page_bytes, dtype)
+    return *params, state, out
 
 
 def _far(actual: Tensor, expected: Tensor, most: float = 0.0) -> str:

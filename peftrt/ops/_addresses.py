@@ -26,7 +26,7 @@ class Gradients:
         grads: of the parameter's shape and dtype each, or None.
         addresses: int64 ``[T, 3]`` on the device: of the parameter's and of the gradient's first element (0 where there
             is none), and the code of their dtype.
-        aligned: all addresses are multiples of 16.
+        aligned: all addresses are multiples of 16, and chunks begin at multiples of 16 bytes of their tensors.
     """
 
     params: Sequence[Tensor]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftrt.ops import _adamw_triton
 from peftrt.ops._addresses import Gradients
-from peftrt.ops._backend import announce
+from peftrt.ops._backend import Backend, announce
 from peftrt.ops._define import Op, reference_backend
 from peftrt.ops._weight import expect
 from peftrt.reference import gradient_norm as reference
@@ -46,4 +47,5 @@ def _reference(gradients: Gradients, chunks: Tensor, partials: Tensor, max_norm:
 
 
 announce("gradient_norm")
-NORM = Op("gradient_norm", _check, (reference_backend(_reference),), gradient_norm)
+_TRITON = Backend("triton", _adamw_triton.norm, _adamw_triton.norm_unsupported, ("cuda",))
+NORM = Op("gradient_norm", _check, (_TRITON, reference_backend(_reference)), gradient_norm)

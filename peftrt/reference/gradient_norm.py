@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ def forward(grads: list[Tensor | None], chunks: Tensor, partials: Tensor, max_no
         grad = grads[tensor]
         part = None if grad is None else grad.detach().view(-1)[first : first + count].double()
         partials[i] = 0.0 if part is None else _sum(part * part, LANES)
-    norm = _sum(partials, FINAL_LANES).sqrt()
+    # the nearest number, which torch's own root is not always on a CPU
+    norm = partials.new_tensor(math.sqrt(_sum(partials, FINAL_LANES).item()))
     out[0] = norm
     # torch.nn.utils.clip_grad_norm_'s, in fp64
     out[1] = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -29,7 +29,7 @@ from peftrt.kernels import (
 )
 from peftrt.kernels._adapter import RANKS
 from peftrt.kernels._nf4 import CHUNKS, ODD, STRADDLING
-from tests.kernels import compiled_multi_lora, sass
+from tests.kernels import compiled_adamw, compiled_multi_lora, sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,7 +81,7 @@ def variants(target: str) -> Iterator[Variant]:
     yield from dequantize_variants(target)
     yield from linear_variants(target)
     yield from lora_variants(target)
-    for program in compiled_multi_lora.programs(DTYPES, ARCHITECTURE[target]):
+    for program in (*compiled_multi_lora.programs(DTYPES, ARCHITECTURE[target]), *compiled_adamw.programs()):
         name, kernel, types, constants, options, round_sizes, tensor_cores = program
         yield Variant(name, target, kernel, types, constants, options, round_sizes, tensor_cores)
     for dtype in DTYPES:
@@ -275,7 +275,9 @@ def _nvidia_faults(variant: Variant, code: Any) -> list[str]:
     lines = sass.disassemble(code.asm["cubin"])
     if variant.target in SPILL_FREE and (spills := sass.count(lines, "STL", "LDL")):
         found.append(f"{spills} instructions spill registers")
-    if sass.count(lines, "FFMA"):
+    if variant.kernel in compiled_adamw.KERNELS:
+        found += compiled_adamw.ptx_faults(variant.kernel, variant.constants, ptx)
+    elif sass.count(lines, "FFMA"):
         found.append("FFMA: a product and a sum are contracted")
     if variant.target == "sm_90" and variant.tensor_cores:
         found += _hopper_faults(variant, code, lines)
@@ -301,7 +303,9 @@ def _amd_faults(variant: Variant, code: Any) -> list[str]:
         found.append("registers spill")
     if variant.tensor_cores and "v_mfma" not in assembly:
         found.append("no v_mfma")
-    if not variant.tensor_cores and any(
+    if variant.kernel in compiled_adamw.KERNELS:
+        found += compiled_adamw.amd_faults(variant.kernel, assembly)
+    elif not variant.tensor_cores and any(
         name in assembly for name in ("v_fma_f32", "v_fmac_f32", "v_mad_f32", "v_pk_fma")
     ):
         found.append("a product and a sum are contracted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 
@@ -155,3 +156,12 @@ def test_spills_and_contractions_are_counted() -> None:
     body = ("STL.64 [R1], R2", "@!P0 LDL R2, [R1]", "FFMA R1, R2, R3, R4", "LDS R1, [R2]")
     lines = sass.parse("\n".join(f"/*0000*/ {instruction} ;" for instruction in body))
     assert (sass.count(lines, "STL", "LDL"), sass.count(lines, "FFMA"), sass.count(lines, "HGMMA")) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["adamw_step fp32 bits=32 aligned=True clipped=True i32", "sum_chunk aligned=True"])
+def test_a_contraction_is_found_where_each_operation_is_to_be_rounded(target: str, name: str) -> None:
+    (variant,) = [v for v in compiled.variants(target) if v.name == name]
+    assert compiled.faults(variant) == []
+    fused = dataclasses.replace(variant, options={**variant.options, "enable_fp_fusion": True})
+    assert any("FMA" in fault or "fma" in fault for fault in compiled.faults(fused))

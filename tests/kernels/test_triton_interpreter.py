@@ -23,7 +23,14 @@ ROOT = HERE.parents[1]
 
 
 @pytest.mark.parametrize(
-    "cases", ["interpreted.py", "interpreted_lora.py", "interpreted_multi_lora.py", "interpreted_batches.py"]
+    "cases",
+    [
+        "interpreted.py",
+        "interpreted_lora.py",
+        "interpreted_multi_lora.py",
+        "interpreted_batches.py",
+        "interpreted_adamw.py",
+    ],
 )
 def test_kernels_in_the_interpreter(cases: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
