@@ -12,6 +12,7 @@
 
 namespace {
 
+using peftrt::cpu::AdamwStep;
 using peftrt::cpu::LowRankGradient;
 
 void nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> nested_absmax,
@@ -318,6 +319,48 @@ std::tuple<Tensor, Tensor> multi_lora_linear_backward(Tensor dz, Tensor x, std::
   return {dx, dvalues};
 }
 
+void adamw_step(Tensor state, Tensor chunks, Tensor addresses, Tensor hyper, std::optional<Tensor> coefficient,
+                int64_t bits, int64_t page_bytes, int64_t dtype, int64_t spare) {
+  const char* op = "adamw_step";
+  bytes_of(state, state.numel(), op, "state");
+  check(state.dim() == 1, op, "state", "[bytes]");
+  check(bits == 32 || bits == 8, op, "bits", "32 or 8");
+  check(page_bytes > 0 && page_bytes % 16 == 0, op, "page_bytes", "a multiple of 16");
+  check(dtype >= 0 && dtype <= 2, op, "dtype", "0, 1 or 2");
+  const ChunkTable table(op, chunks, 5, addresses);
+  table.check_pages(op, state.numel(), page_bytes, int(bits), dtype);
+  const float* rows = table_of<float>(op, "hyper", hyper, ScalarType::Float, 6);
+  check(hyper.size(0) == table.tensors, op, "hyper", "of as many rows as addresses");
+  if (coefficient) {
+    check_dense(*coefficient, op, "coefficient");
+    check(coefficient->scalar_type() == ScalarType::Float && coefficient->numel() == 1, op, "coefficient",
+          "one float32");
+  }
+  const AdamwStep step = {Dtype(dtype),
+                          int(bits),
+                          page_bytes,
+                          static_cast<uint8_t*>(state.mutable_data_ptr()),
+                          table.count,
+                          table.rows,
+                          table.addresses,
+                          rows,
+                          coefficient ? *static_cast<const float*>(coefficient->const_data_ptr()) : 1.0f};
+  peftrt::cpu::kernels().adamw_step(step, parallel((bits == 32 ? kStepWork32 : kStepWork8) * table.elements, spare));
+}
+
+void gradient_norm(Tensor addresses, Tensor chunks, Tensor partials, double max_norm, Tensor out) {
+  const char* op = "gradient_norm";
+  const ChunkTable table(op, chunks, 3, addresses);
+  check_dense(partials, op, "partials"), check_dense(out, op, "out");
+  check(max_norm > 0, op, "max_norm", "above 0");
+  check(partials.scalar_type() == ScalarType::Double && partials.dim() == 1 && partials.numel() == table.count, op,
+        "partials", "float64, one a chunk");
+  check(out.scalar_type() == ScalarType::Float && out.dim() == 1 && out.numel() == 2, op, "out", "float32 [2]");
+  peftrt::cpu::kernels().gradient_norm(
+      table.addresses, table.rows, table.count, static_cast<double*>(partials.mutable_data_ptr()), max_norm,
+      static_cast<float*>(out.mutable_data_ptr()), parallel(kNormWork * table.elements));
+}
+
 std::string isa() { return peftrt::cpu::kernels().isa; }
 
 }  // namespace
@@ -357,6 +400,10 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
       "block_size, Tensor lora_A, Tensor lora_B, float scaling, int[] splits=[]) -> Tensor");
   m.def("row_scale_gradient(Tensor dy, Tensor y, Tensor? bias, Tensor row_scale) -> Tensor");
   m.def("dropout(Tensor x, int seed, float p, Tensor(a!) out) -> ()");
+  m.def(
+      "adamw_step(Tensor(a!) state, Tensor chunks, Tensor addresses, Tensor hyper, Tensor? coefficient, int bits, "
+      "int page_bytes, int dtype, int spare) -> ()");
+  m.def("gradient_norm(Tensor addresses, Tensor chunks, Tensor(a!) partials, float max_norm, Tensor(b!) out) -> ()");
   m.def("isa() -> str");
 }
 
@@ -377,6 +424,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("lora_weight_norm", TORCH_BOX(&lora_weight_norm));
   m.impl("row_scale_gradient", TORCH_BOX(&row_scale_gradient));
   m.impl("dropout", TORCH_BOX(&dropout));
+  m.impl("adamw_step", TORCH_BOX(&adamw_step));
+  m.impl("gradient_norm", TORCH_BOX(&gradient_norm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

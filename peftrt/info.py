@@ -152,7 +152,7 @@ def _sample_by_address(op: str, device: str, dtype: torch.dtype) -> tuple[Any, .
             tensor.new_zeros(2, dtype=torch.float32),
         )
     state, hyper = tensor.new_zeros(_SIZE, dtype=torch.uint8), tensor.new_zeros(1, 6, dtype=torch.float32)
-    return state, chunks, gradients, hyper, None, 32, _SIZE, dtype
+    return state, chunks, gradients, hyper, None, 32, _SIZE, dtype, 0
 
 
 def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:

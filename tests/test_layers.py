@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from peftrt.formats.adamw_state import EXP_AVG_SQ_MAP
 from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, NF4_CODEBOOK
 
 ROOT = Path(__file__).parent.parent
@@ -252,9 +253,9 @@ def test_codebooks_stand_in_one_place_of_python() -> None:
     assert holders == ["peftrt.formats.nf4"]
 
 
-def _native_table(name: str) -> list[float]:
-    header = (ROOT / "csrc" / "nf4.h").read_text()
-    assert header.count(f"constexpr float {name}[") == 1, f"{name} stands once in csrc/nf4.h"
+def _native_table(name: str, file: str = "nf4.h") -> list[float]:
+    header = (ROOT / "csrc" / file).read_text()
+    assert header.count(f"constexpr float {name}[") == 1, f"{name} stands once in csrc/{file}"
     body = header.partition(f"constexpr float {name}[")[2].partition("{")[2].partition("}")[0]
     lines = [line.partition("//")[0] for line in body.splitlines()]
     return [float(number.strip().rstrip("fF")) for number in "".join(lines).split(",") if number.strip()]
@@ -272,11 +273,17 @@ def test_native_dynamic_map_equals_pythons() -> None:
     assert torch.equal(-half[1:128].flip(0), DYNAMIC_CODEBOOK[:127])
 
 
-def test_native_tables_stand_once() -> None:
+def test_native_unsigned_map_equals_pythons() -> None:
+    table = torch.tensor(_native_table("kDynamicUnsigned", "adamw_state.h"), dtype=torch.float32)
+    assert torch.equal(table, EXP_AVG_SQ_MAP)
+
+
+@pytest.mark.parametrize(("value", "header"), [("0.5250730514", "nf4.h"), ("0.996484399", "adamw_state.h")])
+def test_native_tables_stand_once(value: str, header: str) -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources
-    holders = [path.name for path in sources if "0.5250730514" in path.read_text()]
-    assert holders == ["nf4.h"]
+    holders = [path.name for path in sources if value in path.read_text()]
+    assert holders == [header]
 
 
 def test_files_can_be_read_in_a_sitting() -> None:

@@ -26,6 +26,8 @@
   void row_scale_gradient(Dtype, int64_t, int64_t, const void*, const void*, const void*, const float*, float*,     \
                           const Parallel&);                                                                         \
   void dropout(Dtype, int64_t, const Dropout&, const void*, void*, const Parallel&);                                \
+  void adamw_step(const AdamwStep&, const Parallel&);                                                               \
+  void gradient_norm(const int64_t*, const int64_t*, int64_t, double*, double, float*, const Parallel&);            \
   static const Kernels kernels = {#isa,                                                                             \
                                   nf4_dequantize,                                                                   \
                                   nf4_quantize,                                                                     \
@@ -37,7 +39,9 @@
                                   low_rank_gradient,                                                                \
                                   lora_weight_norm,                                                                 \
                                   row_scale_gradient,                                                               \
-                                  dropout};                                                                         \
+                                  dropout,                                                                          \
+                                  adamw_step,                                                                       \
+                                  gradient_norm};                                                                   \
   }
 
 namespace peftrt::cpu {

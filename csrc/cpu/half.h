@@ -20,7 +20,7 @@ struct fp16 {
 template <class T>
 constexpr bool kIsFloat = false;
 template <>
-constexpr bool kIsFloat<float> = true;
+inline constexpr bool kIsFloat<float> = true;
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;

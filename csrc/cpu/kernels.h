@@ -116,6 +116,19 @@ struct LowRankGradient {
   int64_t width() const { return parts.count * rank; }
 };
 
+// One step of AdamW over chunks of many tensors, whose state lies in pages (adamw_state.h).
+struct AdamwStep {
+  Dtype dtype;  // of all tensors
+  int bits;     // of all pages, 32 or 8
+  int64_t page_bytes;
+  uint8_t* state;
+  int64_t count;
+  const int64_t* chunks;     // [count, 5]: tensor, its first element, how many, bytes to the page, first element in it
+  const int64_t* addresses;  // [T, 3]: of parameter and gradient, which may be null, and a dtype's number
+  const float* hyper;        // [T, 6]: 1 - beta1, 1 - beta2, step size, correction, eps, lr * weight decay
+  float coefficient;         // of the gradients
+};
+
 // How a kernel spreads over threads: run(tasks, body, context) calls body(begin, end, context) over [0, tasks) in
 // disjoint ranges, at most `threads` of them at a time.
 struct Parallel {
@@ -170,6 +183,14 @@ struct Kernels {
   // out[j] = x[j] / keep_share where the word hashed from seed and j is >= threshold, else 0
   void (*dropout)(Dtype dtype, int64_t numel, const Dropout& dropout, const void* x, void* out,
                   const Parallel& parallel);
+  // m += (1 - beta1) (g - m), v += (1 - beta2) (g^2 - v), p -= decay p + step size (m / (sqrt(v) correction + eps))
+  // with g = coefficient * gradient, each operation rounded to fp32 by itself; where there is no gradient nothing is
+  // changed
+  void (*adamw_step)(const AdamwStep& step, const Parallel& parallel);
+  // out[2] = the norm over gradients and min(1, max_norm / (norm + 1e-6)), in fp64 until then; addresses as in
+  // AdamwStep, chunks [count, 3] their first columns, partials [count] memory
+  void (*gradient_norm)(const int64_t* addresses, const int64_t* chunks, int64_t count, double* partials,
+                        double max_norm, float* out, const Parallel& parallel);
 };
 
 // The best variant this CPU runs. PEFTRT_CPU_ISA in the environment, read once, names another that it runs.

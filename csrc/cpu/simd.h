@@ -6,6 +6,7 @@
 //   F                                         a vector of kLanes floats
 //   kMicroRows2, kMicroRows1                  rows of a micro-kernel two vectors or one wide, that fill the registers
 //   zero, set1, loadu, storeu, add, mul, fma  (a * b + c; fused where the hardware has it)
+//   sub, div, sqrt                            exactly rounded, as add and mul
 //   load<T>, store<T>                         kLanes elements of float, bf16 or fp16, converted; RNE on the way out
 //   round_to<T>                               the nearest T, as a float; the identity for T = float
 //   canonical_nan                             the quiet NaN without payload where there is a NaN

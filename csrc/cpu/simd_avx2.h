@@ -19,7 +19,10 @@ PEFTRT_INLINE F set1(float value) { return _mm256_set1_ps(value); }
 PEFTRT_INLINE F set_halves(float a, float b) { return _mm256_blend_ps(set1(a), set1(b), 0xf0); }
 PEFTRT_INLINE F zero() { return _mm256_setzero_ps(); }
 PEFTRT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+PEFTRT_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 PEFTRT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+PEFTRT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+PEFTRT_INLINE F sqrt(F v) { return _mm256_sqrt_ps(v); }
 PEFTRT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 PEFTRT_INLINE F loadu(const float* p) { return _mm256_loadu_ps(p); }
 PEFTRT_INLINE void storeu(float* p, F v) { _mm256_storeu_ps(p, v); }

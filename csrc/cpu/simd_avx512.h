@@ -29,7 +29,10 @@ PEFTRT_INLINE F set1(float value) { return _mm512_set1_ps(value); }
 PEFTRT_INLINE F set_halves(float a, float b) { return _mm512_mask_broadcastss_ps(set1(a), 0xff00, _mm_set_ss(b)); }
 PEFTRT_INLINE F zero() { return _mm512_setzero_ps(); }
 PEFTRT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+PEFTRT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 PEFTRT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+PEFTRT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+PEFTRT_INLINE F sqrt(F v) { return _mm512_sqrt_ps(v); }
 PEFTRT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 PEFTRT_INLINE F loadu(const float* p) { return _mm512_loadu_ps(p); }
 PEFTRT_INLINE void storeu(float* p, F v) { _mm512_storeu_ps(p, v); }

@@ -26,7 +26,10 @@ PEFTRT_INLINE F set1(float value) { return {vdupq_n_f32(value), vdupq_n_f32(valu
 PEFTRT_INLINE F set_halves(float a, float b) { return {vdupq_n_f32(a), vdupq_n_f32(b)}; }
 PEFTRT_INLINE F zero() { return set1(0.0f); }
 PEFTRT_INLINE F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+PEFTRT_INLINE F sub(F a, F b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
 PEFTRT_INLINE F mul(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+PEFTRT_INLINE F div(F a, F b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+PEFTRT_INLINE F sqrt(F v) { return {vsqrtq_f32(v.low), vsqrtq_f32(v.high)}; }
 PEFTRT_INLINE F fma(F a, F b, F c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
 
 // By bytes throughout: an element may lie at an odd address.

@@ -14,7 +14,13 @@ PEFTRT_INLINE F set1(float value) { return F{value, value, value, value, value, 
 PEFTRT_INLINE F set_halves(float a, float b) { return F{a, a, a, a, b, b, b, b}; }
 PEFTRT_INLINE F zero() { return set1(0.0f); }
 PEFTRT_INLINE F add(F a, F b) { return a + b; }
+PEFTRT_INLINE F sub(F a, F b) { return a - b; }
 PEFTRT_INLINE F mul(F a, F b) { return a * b; }
+PEFTRT_INLINE F div(F a, F b) { return a / b; }
+PEFTRT_INLINE F sqrt(F v) {
+  for (int i = 0; i < 8; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
 PEFTRT_INLINE F fma(F a, F b, F c) { return a * b + c; }
 
 PEFTRT_INLINE F loadu(const float* p) {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from peftrt.formats.adamw_state import BITS
-from peftrt.ops import _adamw_triton
-from peftrt.ops._addresses import Gradients
-from peftrt.ops._backend import Backend, announce
-from peftrt.ops._define import Op, reference_backend
+from peftrt.ops import _adamw_triton, _native
+from peftrt.ops._addresses import DTYPE_CODES, Gradients
+from peftrt.ops._backend import announce
+from peftrt.ops._define import Backend, Op, reference_backend
 from peftrt.ops._weight import expect
 from peftrt.reference import adamw_step as reference
 
@@ -23,6 +25,7 @@ def adamw_step(
     bits: int,
     page_bytes: int,
     dtype: torch.dtype,
+    spare: int = 0,
 ) -> None:
     """Update parameters and the pages of their state, each operation rounded to fp32 by itself, never contracted::
 
@@ -50,6 +53,7 @@ def adamw_step(
         bits: 32 or 8.
         page_bytes: of a page, a multiple of 16.
         dtype: fp32, bf16 or fp16.
+        spare: threads of a CPU that are left to whoever moves pages meanwhile.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; nothing is changed.
@@ -57,7 +61,7 @@ def adamw_step(
     Source: Adam, Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1; AdamW, Loshchilov and Hutter 2019
     (arXiv:1711.05101), algorithm 2.
     """
-    STEP.run(state.device.type, state, chunks, gradients, hyper, coefficient, bits, page_bytes, dtype)
+    STEP.eager(state, chunks, gradients, hyper, coefficient, bits, page_bytes, dtype, spare)
 
 
 def _check(
@@ -69,6 +73,7 @@ def _check(
     bits: int,
     page_bytes: int,
     dtype: torch.dtype,
+    spare: int,
 ) -> None:
     op, count = "adamw_step", len(gradients.params)
     expect(bits in BITS, op, "bits", f"one of {BITS}", bits)
@@ -86,11 +91,41 @@ def _reference(
     bits: int,
     page_bytes: int,
     dtype: torch.dtype,
+    spare: int,
 ) -> None:
     params, grads = list(gradients.params), list(gradients.grads)
     reference.forward(state, chunks, params, grads, hyper, coefficient, bits, page_bytes)
 
 
+def _native_unsupported(state: Tensor, *arguments: Any) -> str | None:
+    return _native.unsupported(state, arguments[-2])
+
+
+def _native_run(
+    state: Tensor,
+    chunks: Tensor,
+    gradients: Gradients,
+    hyper: Tensor,
+    coefficient: Tensor | None,
+    bits: int,
+    page_bytes: int,
+    dtype: torch.dtype,
+    spare: int,
+) -> None:
+    code = DTYPE_CODES.get(dtype, -1)
+    torch.ops.peftrt_cpu.adamw_step.default(
+        state, chunks, gradients.addresses, hyper, coefficient, bits, page_bytes, code, spare
+    )
+
+
 announce("adamw_step")
-_TRITON = Backend("triton", _adamw_triton.step, _adamw_triton.step_unsupported, ("cuda",))
-STEP = Op("adamw_step", _check, (_TRITON, reference_backend(_reference)), adamw_step)
+STEP = Op(
+    "adamw_step",
+    _check,
+    (
+        Backend("native", _native_run, _native_unsupported, ("cpu",), strict=True),
+        Backend("triton", _adamw_triton.step, _adamw_triton.step_unsupported, ("cuda",)),
+        reference_backend(_reference),
+    ),
+    adamw_step,
+)

@@ -22,6 +22,7 @@ def step_unsupported(
     bits: int,
     page_bytes: int,
     dtype: torch.dtype,
+    spare: int,
 ) -> str | None:
     return _triton.unsupported(state, dtype)
 
@@ -40,6 +41,7 @@ def step(
     bits: int,
     page_bytes: int,
     dtype: torch.dtype,
+    spare: int,
 ) -> None:
     from peftrt.kernels.adamw_step import adamw_step
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from peftrt.ops import _adamw_triton
+from peftrt.ops import _adamw_triton, _native
 from peftrt.ops._addresses import Gradients
-from peftrt.ops._backend import Backend, announce
-from peftrt.ops._define import Op, reference_backend
+from peftrt.ops._backend import announce
+from peftrt.ops._define import Backend, Op, reference_backend
 from peftrt.ops._weight import expect
 from peftrt.reference import gradient_norm as reference
 
@@ -31,7 +33,7 @@ def gradient_norm(gradients: Gradients, chunks: Tensor, partials: Tensor, max_no
     Raises:
         ValueError: a shape, dtype or device does not fit; nothing is written.
     """
-    NORM.run(chunks.device.type, gradients, chunks, partials, max_norm, out)
+    NORM.eager(gradients, chunks, partials, max_norm, out)
 
 
 def _check(gradients: Gradients, chunks: Tensor, partials: Tensor, max_norm: float, out: Tensor) -> None:
@@ -46,6 +48,22 @@ def _reference(gradients: Gradients, chunks: Tensor, partials: Tensor, max_norm:
     reference.forward(list(gradients.grads), chunks, partials, max_norm, out)
 
 
+def _native_unsupported(gradients: Gradients, chunks: Tensor, *_: Any) -> str | None:
+    return _native.unsupported(chunks, torch.float32)
+
+
+def _native_run(gradients: Gradients, chunks: Tensor, partials: Tensor, max_norm: float, out: Tensor) -> None:
+    torch.ops.peftrt_cpu.gradient_norm.default(gradients.addresses, chunks, partials, max_norm, out)
+
+
 announce("gradient_norm")
-_TRITON = Backend("triton", _adamw_triton.norm, _adamw_triton.norm_unsupported, ("cuda",))
-NORM = Op("gradient_norm", _check, (_TRITON, reference_backend(_reference)), gradient_norm)
+NORM = Op(
+    "gradient_norm",
+    _check,
+    (
+        Backend("native", _native_run, _native_unsupported, ("cpu",), strict=True),
+        Backend("triton", _adamw_triton.norm, _adamw_triton.norm_unsupported, ("cuda",)),
+        reference_backend(_reference),
+    ),
+    gradient_norm,
+)

@@ -252,13 +252,13 @@ class PagedAdamW(SavedState):
 
     def _apply(self, gradients: Gradients, coefficient: Tensor | None, has_grad: np.ndarray) -> None:
         pager, page_bytes, hyper = self._paging, self.table.page_bytes, self._tables.hyper
-        slab = pager.slab
+        slab, spare = pager.slab, pager.threads
         assert slab is not None
 
         def launch(page: int, offset: int) -> None:
             state = slab[offset:] if page >= 0 else slab
             for kind, chunks in self._tables.launches(page):
-                adamw_step(state, chunks, gradients, hyper, coefficient, kind.bits, page_bytes, kind.dtype)
+                adamw_step(state, chunks, gradients, hyper, coefficient, kind.bits, page_bytes, kind.dtype, spare)
 
         touched = [any(has_grad[segment.tensor] for segment in page.segments) for page in self.table.pages]
         try:

@@ -78,6 +78,11 @@ class Pager:
         self._mover = self.slab = None
         self._held = []
 
+    @property
+    def threads(self) -> int:
+        """Of the CPU that move pages meanwhile."""
+        return 0 if self._mover is None else self._mover.threads
+
     def step(self, touched: Sequence[bool], launch: Callable[[int, int], None]) -> None:
         """Let ``launch`` update every page that is touched.
 

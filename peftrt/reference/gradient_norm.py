@@ -16,11 +16,10 @@ def forward(grads: list[Tensor | None], chunks: Tensor, partials: Tensor, max_no
         grad = grads[tensor]
         part = None if grad is None else grad.detach().view(-1)[first : first + count].double()
         partials[i] = 0.0 if part is None else _sum(part * part, LANES)
-    # the nearest number, which torch's own root is not always on a CPU
-    norm = partials.new_tensor(math.sqrt(_sum(partials, FINAL_LANES).item()))
-    out[0] = norm
-    # torch.nn.utils.clip_grad_norm_'s, in fp64
-    out[1] = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # Python's root and quotient are the nearest numbers, which torch's are not always on a CPU.
+    norm = math.sqrt(_sum(partials, FINAL_LANES).item())
+    ratio = max_norm / (norm + 1e-6)
+    out.copy_(partials.new_tensor([norm, 1.0 if ratio > 1.0 else ratio]))
 
 
 def _sum(values: Tensor, lanes: int) -> Tensor:

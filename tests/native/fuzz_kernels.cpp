@@ -6,6 +6,7 @@
 // AddressSanitizer and UndefinedBehaviorSanitizer, where one byte read or written outside is an error;
 // tests/test_native_emulated.py for another CPU than this one.
 #include "cpu/kernels.h"
+#include "fuzz_adamw.h"
 #include "fuzz_multi_lora.h"
 #include "fuzz_values.h"
 #include "nf4.h"
@@ -426,7 +427,7 @@ int main(int argc, char** argv) {
     c.block_size = 32 << generator() % 8;
     c.nested = generator() % 2;
     c.bias = generator() % 2;
-    if (run_case(*kernels, c) || run_quantize(*kernels, c))
+    if (run_case(*kernels, c) || run_quantize(*kernels, c) || run_optimizer(*kernels))
       return std::printf("seed %lu\n", static_cast<unsigned long>(seed + i)), 1;
   }
   std::printf("%lu cases, %s\n", static_cast<unsigned long>(count), kernels->isa);

@@ -8,7 +8,9 @@ import mmap
 
 import torch
 
+from peftrt.formats.adamw_state import BLOCK
 from peftrt.ops import _native
+from peftrt.ops._addresses import DTYPE_CODES
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -98,6 +100,26 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
     keep.clear()
 
 
+def optimize(sizes: tuple[int, ...], bits: int, dtype: torch.dtype) -> None:
+    """Parameters, gradients and each page of their state; what the page has no room for is cut off."""
+    params, grads = ([at_the_end(n * dtype.itemsize, dtype, (n,)) for n in sizes] for _ in range(2))
+    blocks = sum(-(-n // BLOCK) for n in sizes)
+    page_bytes = -(-blocks * (8 * BLOCK if bits == 32 else 2 * BLOCK + 8) // 16) * 16
+    state = at_the_end(page_bytes, torch.uint8, (-1,), "zero").zero_()
+    starts = [sum(-(-n // BLOCK) for n in sizes[:t]) * BLOCK for t in range(len(sizes))]
+    rows = [[t, i, min(512, n - i), 0, starts[t] + i] for t, n in enumerate(sizes) for i in range(0, n, 512)]
+    chunks, addresses = torch.tensor(rows), [[p.data_ptr(), g.data_ptr()] for p, g in zip(params, grads, strict=True)]
+    table = torch.tensor([[*pair, DTYPE_CODES[dtype]] for pair in addresses])
+    hyper = at_the_end(24 * len(sizes), torch.float32, (len(sizes), 6)).fill_(0.5)
+    partials, out = at_the_end(8 * len(rows), torch.float64, (-1,), "nan"), at_the_end(8, torch.float32, (2,), "nan")
+    torch.ops.peftrt_cpu.gradient_norm(table, chunks[:, :3].contiguous(), partials, 1.0, out)
+    torch.ops.peftrt_cpu.adamw_step(state, chunks, table, hyper, out[1], bits, page_bytes, DTYPE_CODES[dtype])
+    for result in (*params, partials, out):
+        assert result.isfinite().all(), (sizes, bits, dtype)
+    assert state.any()
+    keep.clear()
+
+
 if __name__ == "__main__":
     faulthandler.enable()
     reason = _native.load()
@@ -106,4 +128,7 @@ if __name__ == "__main__":
         for m in (1, 2, 5, 8, 9, 17):
             for n, k, block_size in ((1, 1, 32), (3, 7, 64), (5, 64, 64), (13, 65, 32), (7, 127, 128), (25, 320, 4096)):
                 run(m, n, k, block_size, dtype)
+        for bits in (32, 8):
+            for sizes in ((1,), (7, 255), (256, 33, 513), (1000, 1, 4096)):
+                optimize(sizes, bits, dtype)
     print("no breach")

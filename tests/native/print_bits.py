@@ -1,4 +1,7 @@
-"""Prints the instruction set, a digest of dequantised and requantised weights, and sums of what the others give."""
+"""Prints the instruction set, a digest of what has the same bits everywhere, and sums of what the others give.
+
+The digest is of dequantised and requantised weights, and of an optimizer's step and norm.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import hashlib
 import torch
 
 from peftrt.ops import _native
+from tests.ops.many_tensors import problem
 
 if __name__ == "__main__":
     reason = _native.load()
@@ -40,4 +44,12 @@ if __name__ == "__main__":
             sums += [y.abs().sum().item(), dx.abs().sum().item(), dc.sum().item()]
         adapter = torch.rand(5, k, generator=generator), torch.rand(n, 5, generator=generator), 0.5
         sums.append(torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, block_size, *adapter).sum().item())
+    for bits in (32, 8):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            many = problem(dtype, bits, coefficient=0.37).run("native")
+            partials, norm = torch.empty(len(many.chunks), dtype=torch.float64), torch.empty(2)
+            chunks = many.chunks[:, :3].contiguous()
+            torch.ops.peftrt_cpu.gradient_norm(many.gradients().addresses, chunks, partials, 1.0, norm)
+            for made in (*many.everything(), partials, norm):
+                digest.update(made.numpy().tobytes())
     print(_native.isa(), digest.hexdigest(), *sums)
