@@ -20,19 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, midpoints
+from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, dynamic_decade, midpoints
 
 BLOCK = 256
 BITS = (32, 8)
 
 
 def _unsigned_codebook() -> Tensor:
-    """As ``DYNAMIC_CODEBOOK``, without signs: 2^(i + 1) steps in decade i, in bitsandbytes' order of operations."""
+    """As ``DYNAMIC_CODEBOOK``, without signs: 2^(i + 1) magnitudes in decade i."""
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + 1) + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values += ((10.0 ** (decade - 6)) * means).tolist()
+        values += dynamic_decade(decade, 2 ** (decade + 1)).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

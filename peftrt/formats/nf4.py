@@ -44,17 +44,26 @@ NF4_CODEBOOK = torch.tensor(
 )
 
 
+def dynamic_decade(decade: int, count: int) -> Tensor:
+    """One decade's magnitudes of a dynamic map: the midpoints of ``count`` equal steps over 10^(decade - 6) x [0.1, 1].
+
+    Rounded to fp32 in the order of bitsandbytes, whose bytes they must match. The edges are those of ``torch.linspace``
+    where it rounds a product and a sum together; on a CPU without FMA it rounds them apart, and levels would differ.
+    """
+    start, end = torch.tensor([0.1, 1.0], dtype=torch.float32)
+    step, i = ((end - start) / count).double(), torch.arange(count + 1, dtype=torch.float64)
+    edges = torch.where(i < (count + 1) // 2, start + step * i, end - step * (count - i)).float()
+    return (10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+
+
 def _dynamic_codebook() -> Tensor:
     """The signed dynamic 8-bit map (Dettmers 2015, arXiv:1511.04561): 7 decades, split finer the larger.
 
-    Decade i in 0..6 spans 10^(i-6) x [0.1, 1] by the midpoints of 2^i equal steps, with either sign; 0 and 1 complete
-    the 256 values. They are computed in fp32, in this order of operations, because the bytes must match bitsandbytes'.
+    Decade i in 0..6 has 2^i magnitudes, with either sign; 0 and 1 complete the 256 values.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        magnitudes = (10.0 ** (decade - 6)) * means
+        magnitudes = dynamic_decade(decade, 2**decade)
         values += magnitudes.tolist() + (-magnitudes).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
 

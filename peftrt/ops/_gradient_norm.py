@@ -20,8 +20,8 @@ def gradient_norm(gradients: Gradients, chunks: Tensor, partials: Tensor, max_no
 
     Squares are summed in fp64 in one order, which every backend keeps: lane l of 256 adds elements l, l + 256, ... of a
     chunk in turn, then the upper half of the lanes is added to the lower, again and again; the chunks' sums are added
-    up by 1024 lanes in the same way. So no bit depends on the backend, and none on where the state lies. The norm is
-    finite exactly if every gradient is. It is not one of ``torch.ops``, as ``adamw_step`` is not.
+    up by 1024 lanes in the same way. So no bit depends on the backend, and none on where the state lies. Where a
+    gradient is not finite, the norm is not either. It is not one of ``torch.ops``, as ``adamw_step`` is not.
 
     Args:
         gradients: T parameters.

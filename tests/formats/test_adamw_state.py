@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +32,18 @@ MAPS = pytest.mark.parametrize("levels", [EXP_AVG_MAP, EXP_AVG_SQ_MAP], ids=["si
 def test_maps_are_those_of_bitsandbytes(levels: Tensor, signed: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     assert_same_bits(levels, functional.create_dynamic_map(signed=signed))
+
+
+def test_maps_do_not_depend_on_the_cpu() -> None:
+    """torch.linspace would: 31 levels are others on a CPU without FMA."""
+    code = (
+        "import hashlib; from peftrt.formats.adamw_state import EXP_AVG_MAP, EXP_AVG_SQ_MAP; "
+        "print(hashlib.sha256(EXP_AVG_MAP.numpy().tobytes() + EXP_AVG_SQ_MAP.numpy().tobytes()).hexdigest())"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    here = hashlib.sha256(EXP_AVG_MAP.numpy().tobytes() + EXP_AVG_SQ_MAP.numpy().tobytes()).hexdigest()
+    assert run.stdout.strip() == here
 
 
 @MAPS
