@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftrt.formats.adamw_state import BITS
 from peftrt.ops import _adamw_triton, _native
-from peftrt.ops._addresses import DTYPE_CODES, Gradients
+from peftrt.ops._addresses import DTYPE_CODES, Gradients, StepArgs
 from peftrt.ops._backend import announce
 from peftrt.ops._define import Backend, Op, reference_backend
 from peftrt.ops._weight import expect
@@ -64,58 +64,30 @@ def adamw_step(
     STEP.eager(state, chunks, gradients, hyper, coefficient, bits, page_bytes, dtype, spare)
 
 
-def _check(
-    state: Tensor,
-    chunks: Tensor,
-    gradients: Gradients,
-    hyper: Tensor,
-    coefficient: Tensor | None,
-    bits: int,
-    page_bytes: int,
-    dtype: torch.dtype,
-    spare: int,
-) -> None:
-    op, count = "adamw_step", len(gradients.params)
-    expect(bits in BITS, op, "bits", f"one of {BITS}", bits)
+def _check(*arguments: Any) -> None:
+    args = StepArgs(*arguments)
+    op, count, state, chunks, hyper = "adamw_step", len(args.gradients.params), args.state, args.chunks, args.hyper
+    expect(args.bits in BITS, op, "bits", f"one of {BITS}", args.bits)
     expect(state.dtype == torch.uint8 and state.dim() == 1, op, "state", "uint8 [bytes]", state)
     expect(chunks.dtype == torch.int64 and chunks.shape[1:] == (5,), op, "chunks", "int64 [C, 5]", chunks)
     expect(hyper.dtype == torch.float32 and hyper.shape == (count, 6), op, "hyper", f"fp32 [{count}, 6]", hyper)
 
 
-def _reference(
-    state: Tensor,
-    chunks: Tensor,
-    gradients: Gradients,
-    hyper: Tensor,
-    coefficient: Tensor | None,
-    bits: int,
-    page_bytes: int,
-    dtype: torch.dtype,
-    spare: int,
-) -> None:
-    params, grads = list(gradients.params), list(gradients.grads)
-    reference.forward(state, chunks, params, grads, hyper, coefficient, bits, page_bytes)
+def _reference(*arguments: Any) -> None:
+    args = StepArgs(*arguments)
+    params, grads = list(args.gradients.params), list(args.gradients.grads)
+    reference.forward(args.state, args.chunks, params, grads, args.hyper, args.coefficient, args.bits, args.page_bytes)
 
 
-def _native_unsupported(state: Tensor, *arguments: Any) -> str | None:
-    return _native.unsupported(state, arguments[-2])
+def _native_unsupported(*arguments: Any) -> str | None:
+    args = StepArgs(*arguments)
+    return _native.unsupported(args.state, args.dtype)
 
 
-def _native_run(
-    state: Tensor,
-    chunks: Tensor,
-    gradients: Gradients,
-    hyper: Tensor,
-    coefficient: Tensor | None,
-    bits: int,
-    page_bytes: int,
-    dtype: torch.dtype,
-    spare: int,
-) -> None:
+def _native_run(*arguments: Any) -> None:
+    state, chunks, gradients, *numbers, dtype, spare = StepArgs(*arguments)
     code = DTYPE_CODES.get(dtype, -1)
-    torch.ops.peftrt_cpu.adamw_step.default(
-        state, chunks, gradients.addresses, hyper, coefficient, bits, page_bytes, code, spare
-    )
+    torch.ops.peftrt_cpu.adamw_step.default(state, chunks, gradients.addresses, *numbers, code, spare)
 
 
 announce("adamw_step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,44 +11,35 @@ from torch import Tensor
 from peftrt.formats.adamw_state import EXP_AVG_MAP, EXP_AVG_SQ_MAP, capacity
 from peftrt.formats.nf4 import midpoints
 from peftrt.ops import _triton
-from peftrt.ops._addresses import Gradients
+from peftrt.ops._addresses import Gradients, StepArgs
 
 
-def step_unsupported(
-    state: Tensor,
-    chunks: Tensor,
-    gradients: Gradients,
-    hyper: Tensor,
-    coefficient: Tensor | None,
-    bits: int,
-    page_bytes: int,
-    dtype: torch.dtype,
-    spare: int,
-) -> str | None:
-    return _triton.unsupported(state, dtype)
+def step_unsupported(*arguments: Any) -> str | None:
+    args = StepArgs(*arguments)
+    return _triton.unsupported(args.state, args.dtype)
 
 
-def norm_unsupported(gradients: Gradients, chunks: Tensor, *_: object) -> str | None:
+def norm_unsupported(gradients: Gradients, chunks: Tensor, *_: Any) -> str | None:
     # of what is only read, the interpreter can be trusted with bf16
     return _triton.unsupported(chunks, torch.float32)
 
 
-def step(
-    state: Tensor,
-    chunks: Tensor,
-    gradients: Gradients,
-    hyper: Tensor,
-    coefficient: Tensor | None,
-    bits: int,
-    page_bytes: int,
-    dtype: torch.dtype,
-    spare: int,
-) -> None:
+def step(*arguments: Any) -> None:
     from peftrt.kernels.adamw_step import adamw_step
 
-    tables, room = _tables(state.device) if bits == 8 else None, capacity(page_bytes, bits)
-    addresses, aligned = gradients.addresses, gradients.aligned
-    adamw_step(state, chunks, addresses, hyper, coefficient, tables, bits, room, dtype, aligned)
+    args = StepArgs(*arguments)
+    adamw_step(
+        args.state,
+        args.chunks,
+        args.gradients.addresses,
+        args.hyper,
+        args.coefficient,
+        _tables(args.state.device) if args.bits == 8 else None,
+        args.bits,
+        capacity(args.page_bytes, args.bits),
+        args.dtype,
+        args.gradients.aligned,
+    )
 
 
 def norm(gradients: Gradients, chunks: Tensor, partials: Tensor, max_norm: float, out: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,3 +34,17 @@ class Gradients:
     grads: Sequence[Tensor | None]
     addresses: Tensor
     aligned: bool = False
+
+
+class StepArgs(NamedTuple):
+    """The arguments of ``adamw_step``, which has their docstring, as its backends are given them."""
+
+    state: Tensor
+    chunks: Tensor
+    gradients: Gradients
+    hyper: Tensor
+    coefficient: Tensor | None
+    bits: int
+    page_bytes: int
+    dtype: torch.dtype
+    spare: int

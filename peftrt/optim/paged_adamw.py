@@ -238,7 +238,9 @@ class PagedAdamW(SavedState):
         self.steps = steps
         self._taken += 1
         # so that autograd knows of what no operation of torch's has changed
-        torch.autograd.graph.increment_version([p for p in self.parameters if p.grad is not None])
+        torch.autograd.graph.increment_version(
+            [p for p, grad in zip(self.parameters, grads, strict=True) if grad is not None]
+        )
         return loss
 
     def _norm(self, gradients: Gradients) -> Tensor | None:

@@ -46,11 +46,7 @@ class Parameters:
             self._check(i)
         self._addresses = np.zeros((len(self.tensors), 3), dtype=np.int64)
         self._addresses[:, 2] = [DTYPE_CODES[dtype] for dtype in self._dtypes]
-        self._addresses[:, 0] = [p.data_ptr() for p in self.tensors]
-
-    def name(self, index: int) -> str:
-        """What messages call a Parameter."""
-        return self._names[index]
+        self._places = [p.data_ptr() for p in self.tensors]
 
     def _check(self, i: int) -> None:
         p, name = self.tensors[i], self._names[i]
@@ -74,23 +70,30 @@ class Parameters:
         Raises:
             TypeError, ValueError: a gradient that a kernel cannot take, or a Parameter that is not what it was.
         """
-        grads: list[Tensor | None] = []
-        places: list[tuple[int, int]] = []
-        known = self._addresses[:, 0].tolist()
-        for i, p in enumerate(self.tensors):
-            place = p.data_ptr()
-            if place != known[i]:
-                self._check(i)
-            grad = p.grad
-            if grad is not None:
-                if grad.layout is not torch.strided or grad.dtype is not self._dtypes[i]:
-                    self._refuse(i, grad)
-                # an expanded or transposed gradient, which autograd does not make by itself
-                grad = grad if grad.is_contiguous() else grad.contiguous()
-            grads.append(grad)
-            places.append((place, 0 if grad is None else grad.data_ptr()))
-        self._addresses[:, :2] = places
+        places = [p.data_ptr() for p in self.tensors]
+        if places != self._places:
+            for i, place in enumerate(places):
+                if place != self._places[i]:
+                    self._check(i)
+            self._places = places
+        grads = [p.grad for p in self.tensors]
+        self._addresses[:, 0] = places
+        self._addresses[:, 1] = [0 if grad is None else grad.data_ptr() for grad in self._fitted(grads)]
         return self._addresses, grads
+
+    def _fitted(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradients, contiguous, also in the list itself."""
+        # a pass over all of them takes a third of what a loop with a test for each takes
+        fit = [grad is None or (grad.layout is torch.strided and grad.is_contiguous()) for grad in grads]
+        known = [grad is None or grad.dtype is dtype for grad, dtype in zip(grads, self._dtypes, strict=True)]
+        if not (all(fit) and all(known)):
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    if grad.layout is not torch.strided or not known[i]:
+                        self._refuse(i, grad)
+                    # an expanded or transposed one, which autograd does not make by itself
+                    grads[i] = grad.contiguous()
+        return grads
 
     def _refuse(self, i: int, grad: Tensor) -> None:
         if grad.layout is not torch.strided:
