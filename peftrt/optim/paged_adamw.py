@@ -81,7 +81,8 @@ class PagedAdamW(SavedState):
             three pages at least. None: all of it stays there. On a CPU this is memory.
         backing: where the rest is: "host" for host memory, or a path: a directory, or a name in one that nothing has
             yet, for a file that is gone with the process. It is scratch: ``save`` makes checkpoints.
-        page_size: bytes or a text; a power of two. Default: 16, 8 or 4 MiB, so that the budget holds eight.
+        page_size: bytes or a text; a power of two. Default, where not all of it stays: 16, 8 or 4 MiB, so that the
+            budget holds eight.
         max_grad_norm: gradients of a greater norm, over all groups together, are scaled down to it as
             ``torch.nn.utils.clip_grad_norm_`` does, in the same kernel; ``.grad`` stays as it is.
         skip_nonfinite: a step with NaN or infinity in any gradient changes nothing and is counted. Lets the host
@@ -118,9 +119,8 @@ class PagedAdamW(SavedState):
         self._pager: Pager | None = None
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         check_groups(self.param_groups)
-        self.bits = bits
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
+        self._max_grad_norm = max_grad_norm
+        self._skip_nonfinite = skip_nonfinite
         self._known = Parameters(self.param_groups)
         self.steps: np.ndarray = np.zeros(len(self._known.tensors), dtype=np.int64)
         self._taken = self._skipped = 0
@@ -128,7 +128,7 @@ class PagedAdamW(SavedState):
         self._process = os.getpid()
         self._budget = None if device_budget is None else expect_bytes(device_budget, "device_budget")
         kinds = [Kind(32 if p.numel() < min_8bit_size else bits, p.dtype) for p in self._known.tensors]
-        self.table = PageTable(self._known.sizes, kinds, self._page_bytes(kinds, page_size))
+        self.table = self._page_table(kinds, page_size)
         # asked before any memory is taken
         slots = self._slots(self._budget)
         self._pager = Pager(self.table, self._known.device, self._open_store(backing))
@@ -150,21 +150,34 @@ class PagedAdamW(SavedState):
         """The norm of all gradients in the last step, fp32 ``[]`` on the device; None where nothing asks for it."""
         return None if self._tables.norm is None else self._tables.norm[0]
 
+    @property
+    def max_grad_norm(self) -> float | None:
+        """As it was given: what clipping needs was allocated then."""
+        return self._max_grad_norm
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """As it was given."""
+        return self._skip_nonfinite
+
     def _with_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
-    def _page_bytes(self, kinds: Sequence[Kind], page_size: int | str | None) -> int:
+    def _page_table(self, kinds: Sequence[Kind], page_size: int | str | None) -> PageTable:
+        sizes = self._known.sizes
         if page_size is not None:
             size = expect_bytes(page_size, "page_size")
             if size < _LEAST_PAGE or size & (size - 1):
                 raise ValueError(f"PagedAdamW: page_size must be a power of two from {_LEAST_PAGE}, got {page_size!r}")
-            return size
-        if self._budget is not None:
-            return next((size for size in PAGE_SIZES if size * _PAGES_OF_A_BUDGET <= self._budget), PAGE_SIZES[-1])
-        # All of it stays, and the last page of each kind is not full: pages of a sixteenth waste little.
-        blocks = zip(self._known.sizes, kinds, strict=True)
-        total = sum(-(-size // BLOCK) * block_bytes(kind.bits) for size, kind in blocks)
-        return min(PAGE_SIZES[-1], max(_LEAST_PAGE, -(-total // 16 // _LEAST_PAGE) * _LEAST_PAGE))
+            return PageTable(sizes, kinds, size)
+        # Where all of it stays, only the last page of each kind is not full: pages of a sixteenth waste little.
+        total = sum(-(-n // BLOCK) * block_bytes(kind.bits) for n, kind in zip(sizes, kinds, strict=True))
+        share = -(-total // 16 // _LEAST_PAGE) * _LEAST_PAGE
+        whole = PageTable(sizes, kinds, min(PAGE_SIZES[-1], max(_LEAST_PAGE, share)))
+        if self._budget is None or whole.nbytes + table_bytes(whole, sizes, self._with_norm()) <= self._budget:
+            return whole
+        fitting = (size for size in PAGE_SIZES if size * _PAGES_OF_A_BUDGET <= self._budget)
+        return PageTable(sizes, kinds, next(fitting, PAGE_SIZES[-1]))
 
     def _slots(self, budget: int | None) -> int:
         """How many pages a budget has room for, beside the tables."""
