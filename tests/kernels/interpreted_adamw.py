@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,15 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import peftrt
-from peftrt import ops
 from peftrt.formats.adamw_state import EXP_AVG_MAP, EXP_AVG_SQ_MAP
 from peftrt.formats.nf4 import midpoints
 from peftrt.kernels import adamw_step as step_module
 from peftrt.kernels import gradient_norm as norm_module
 from peftrt.reference import gradient_norm as reference
 from tests.cases import randn
-from tests.ops.adamw import Case, assert_same
+from tests.ops.many_tensors import ManyTensors, assert_same, guarded
 
 # numbers that overflow, and NaN
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -30,60 +29,60 @@ EACH_KIND = pytest.mark.parametrize(
 )
 
 
-def check(case: Case) -> None:
+def check(many: ManyTensors) -> None:
     """A step by the kernels and one by the reference, from the same bits to the same bits."""
-    expected, before = case.to("cpu"), case.to("cpu")
-    with peftrt.backend("reference"):
-        expected.step()
-    with peftrt.backend("triton"):
-        case.step()
-    case.assert_equals(expected)
-    assert not case.state.equal(before.state)
-    assert all(case.memory[i].equal(before.memory[i]) for i in case.absent)
+    expected, before = many.copy(), many.copy()
+    many.step("triton").assert_equals(expected.step("reference"))
+    assert not many.state.equal(before.state)
+    for t in many.absent:
+        assert many.param_rooms[t].memory.equal(before.param_rooms[t].memory)
+        assert many.grad_rooms[t].memory.equal(before.grad_rooms[t].memory)
 
 
 @EACH_KIND
-@pytest.mark.parametrize("clipped", [False, True])
-def test_steps_have_the_bits_of_the_reference(bits: int, dtype: torch.dtype, clipped: bool) -> None:
-    case = Case(bits=bits, dtype=dtype, clipped=clipped, absent={3})
-    assert len(case.table.pages) > 2
-    check(case)
-    check(case)
+@pytest.mark.parametrize("coefficient", [None, 0.37])
+def test_steps_have_the_bits_of_the_reference(bits: int, dtype: torch.dtype, coefficient: float | None) -> None:
+    many = ManyTensors(bits=bits, dtype=dtype, coefficient=coefficient, absent={9}, aligned=True)
+    assert len(many.table.pages) > 2
+    check(many)
+    check(many)
 
 
 @EACH_KIND
 def test_tensors_that_begin_anywhere(bits: int, dtype: torch.dtype) -> None:
-    case = Case((300, 5000), bits, dtype, crooked=True, clipped=True)
-    assert any(parameter.data_ptr() % 16 for parameter in case.params)
-    check(case)
+    many = ManyTensors((300, 5000), bits, dtype, coefficient=0.37)
+    for tensor in (*many.params, *many.grads):
+        assert tensor is not None
+        assert tensor.data_ptr() % 16
+    check(many)
 
 
 @EACH_KIND
 def test_a_first_step_from_nothing(bits: int, dtype: torch.dtype) -> None:
     """Blocks of zeros, and gradients that are zero."""
-    case = Case((2000,), bits, dtype)
-    case.state.zero_()
-    case.memory[0][1, 300:1000] = 0
-    check(case)
+    many = ManyTensors((2000,), bits, dtype, aligned=True)
+    many.state.zero_()
+    many.grad(0)[236:936] = 0
+    check(many)
 
 
 @EACH_KIND
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 6e4, 1e-7])
 def test_gradients_that_are_not_finite_or_extreme(value: float, bits: int, dtype: torch.dtype) -> None:
-    case = Case((2000,), bits, dtype)
-    case.memory[0][1, 400:1000:7] = value
-    check(case)
-    check(case)
+    many = ManyTensors((2000,), bits, dtype, aligned=True)
+    many.grad(0)[336:936:7] = value
+    check(many)
+    check(many)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("size", [1e-18, 1e-20, 1e-38, 1e-42, 1e18, 1e20])
 def test_squares_that_leave_the_normal_range(size: float, bits: int) -> None:
-    case = Case((2000,), bits)
-    case.state.zero_()
-    case.memory[0][1] *= size
-    check(case)
-    check(case)
+    many = ManyTensors((2000,), bits, aligned=True)
+    many.state.zero_()
+    many.grad(0).mul_(size)
+    check(many)
+    check(many)
 
 
 @settings(max_examples=12)
@@ -92,25 +91,19 @@ def test_squares_that_leave_the_normal_range(size: float, bits: int) -> None:
     bits=st.sampled_from([32, 8]),
     dtype=st.sampled_from(DTYPES),
     blocks=st.integers(1, 9),
-    clipped=st.booleans(),
-    crooked=st.booleans(),
+    coefficient=st.sampled_from([None, 0.37]),
+    aligned=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_drawn_sizes(
-    sizes: list[int], bits: int, dtype: torch.dtype, blocks: int, clipped: bool, crooked: bool, seed: int
-) -> None:
-    absent = {0} if len(sizes) > 2 else ()
-    check(Case(sizes, bits, dtype, blocks=blocks, absent=absent, clipped=clipped, crooked=crooked, seed=seed))
+def test_drawn_sizes(sizes: list[int], dtype: torch.dtype, **drawn: Any) -> None:
+    check(ManyTensors(sizes, dtype=dtype, absent={0} if len(sizes) > 2 else (), **drawn))
 
 
 def test_without_chunks_nothing_is_launched() -> None:
-    case = Case((5,))
-    before = case.to("cpu")
-    with peftrt.backend("triton"):
-        ops.adamw_step(
-            case.state, torch.empty(0, 5, dtype=torch.int64), case.gradients(), case.hyper, None, 32, 16, case.dtype
-        )
-    case.assert_equals(before)
+    many = ManyTensors((5,))
+    before = many.copy()
+    many.chunks = many.chunks[:0]
+    many.step("triton").assert_equals(before)
 
 
 @triton.jit
@@ -141,27 +134,24 @@ def test_codes_are_exact_for_every_number(signed: bool) -> None:
     assert out.unique().numel() == 256
 
 
-def norms(case: Case, max_norm: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    with peftrt.backend("reference"):
-        expected = case.norm(max_norm)
-    with peftrt.backend("triton"):
-        return case.norm(max_norm), expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("crooked", [False, True])
-def test_the_norm_has_the_bits_of_the_reference(dtype: torch.dtype, crooked: bool) -> None:
-    case = Case(dtype=dtype, absent={2}, crooked=crooked)
-    for max_norm in (1.0, 1e4, math.inf, 1e-320):
-        for actual, expected in zip(*norms(case, max_norm), strict=True):
+def check_norm(many: ManyTensors, *max_norms: float) -> None:
+    for max_norm in max_norms:
+        for actual, expected in zip(many.norm(max_norm, "triton"), many.norm(max_norm, "reference"), strict=True):
             assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_norm_has_the_bits_of_the_reference(dtype: torch.dtype, aligned: bool) -> None:
+    check_norm(ManyTensors(dtype=dtype, absent={3}, aligned=aligned), 1.0, 1e4, math.inf, 1e-320)
+
+
 def test_the_norm_of_several_dtypes() -> None:
-    case = Case((300, 1000, 700, 5000), seed=5)
-    case.memory[1], case.memory[2] = case.memory[1].half(), case.memory[2].bfloat16()
-    for actual, expected in zip(*norms(case, 1.0), strict=True):
-        assert_same(actual, expected)
+    many = ManyTensors((300, 1000, 700, 5000), seed=5, aligned=True)
+    for t, dtype in ((1, torch.float16), (2, torch.bfloat16)):
+        many.param_rooms[t] = guarded(many.params[t].to(dtype), 0, t)
+        many.grad_rooms[t] = guarded(many.grad(t).to(dtype), 0, t)
+    check_norm(many, 1.0)
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1025, 4096, 5000, 9000])
@@ -176,20 +166,17 @@ def test_the_sum_over_chunks(count: int) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 3e38, 1e-45, 0.0])
 def test_the_norm_of_what_is_not_finite_or_extreme(value: float) -> None:
-    case = Case((5000, 300))
-    case.memory[1][1] = value
-    for max_norm in (1.0, math.inf):
-        for actual, expected in zip(*norms(case, max_norm), strict=True):
-            assert_same(actual, expected)
+    many = ManyTensors((5000, 300), aligned=True)
+    many.grad(0).fill_(value)
+    check_norm(many, 1.0, math.inf)
 
 
 def test_the_norm_of_nothing() -> None:
-    for case in (Case(()), Case((5,), absent={0})):
-        actual, expected = norms(case, 2.0)
-        assert_same(actual[0], expected[0])
-        assert actual[0].tolist() == [0.0, 1.0]
+    for many in (ManyTensors(()), ManyTensors((5,), absent={0})):
+        check_norm(many, 2.0)
+        assert many.norm(2.0, "triton")[0].tolist() == [0.0, 1.0]
 
 
 def test_bf16_is_refused_in_the_interpreter() -> None:
-    with peftrt.backend("triton"), pytest.raises(peftrt.BackendError, match="cannot be trusted with bf16"):
-        Case((5,), dtype=torch.bfloat16).step()
+    with pytest.raises(peftrt.BackendError, match="cannot be trusted with bf16"):
+        ManyTensors((5,), dtype=torch.bfloat16).step("triton")

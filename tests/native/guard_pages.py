@@ -113,7 +113,7 @@ def optimize(sizes: tuple[int, ...], bits: int, dtype: torch.dtype) -> None:
     hyper = at_the_end(24 * len(sizes), torch.float32, (len(sizes), 6)).fill_(0.5)
     partials, out = at_the_end(8 * len(rows), torch.float64, (-1,), "nan"), at_the_end(8, torch.float32, (2,), "nan")
     torch.ops.peftrt_cpu.gradient_norm(table, chunks[:, :3].contiguous(), partials, 1.0, out)
-    torch.ops.peftrt_cpu.adamw_step(state, chunks, table, hyper, out[1], bits, page_bytes, DTYPE_CODES[dtype])
+    torch.ops.peftrt_cpu.adamw_step(state, chunks, table, hyper, out[1], bits, page_bytes, DTYPE_CODES[dtype], 0)
     for result in (*params, partials, out):
         assert result.isfinite().all(), (sizes, bits, dtype)
     assert state.any()

@@ -10,7 +10,7 @@ import hashlib
 import torch
 
 from peftrt.ops import _native
-from tests.ops.many_tensors import problem
+from tests.ops.many_tensors import ABSENT, ManyTensors
 
 if __name__ == "__main__":
     reason = _native.load()
@@ -46,10 +46,7 @@ if __name__ == "__main__":
         sums.append(torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, block_size, *adapter).sum().item())
     for bits in (32, 8):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            many = problem(dtype, bits, coefficient=0.37).run("native")
-            partials, norm = torch.empty(len(many.chunks), dtype=torch.float64), torch.empty(2)
-            chunks = many.chunks[:, :3].contiguous()
-            torch.ops.peftrt_cpu.gradient_norm(many.gradients().addresses, chunks, partials, 1.0, norm)
-            for made in (*many.everything(), partials, norm):
+            many = ManyTensors(bits=bits, dtype=dtype, absent=ABSENT, coefficient=0.37).step("native")
+            for made in (*many.everything(), *many.norm(1.0, "native")):
                 digest.update(made.numpy().tobytes())
     print(_native.isa(), digest.hexdigest(), *sums)

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import peftrt
-from peftrt.formats.adamw_state import BLOCK, Moments, moments
-from peftrt.ops._adamw_step import adamw_step
-from peftrt.ops._addresses import CHUNK, DTYPE_CODES, Gradients
+from peftrt import ops
+from peftrt.formats.adamw_state import Moments, block_bytes, moments
+from peftrt.ops import CHUNK, DTYPE_CODES, Gradients
 from peftrt.optim.page_table import Kind, PageTable
 from tests.cases import randn
+from tests.tolerances import assert_same_bits
 
-BLOCK_BYTES = {32: 8 * BLOCK, 8: 2 * BLOCK + 8}
-SIZES = (1, 7, 255, 256, 257, 4096, 5000, 1, 12345)
+# An element, less than a vector, a block and its neighbours, a chunk, several, pages; tiles and a bit.
+SIZES = (1, 7, 255, 256, 257, 4096, 5000, 1, 12345, 700, 1025, 9001)
 ABSENT = (3, 6)
-GUARD = 32
+# Elements on both sides of a tensor, and bytes on both sides of the pages, which nothing may change.
+GUARD = 64
+
+
+class Room(NamedTuple):
+    """Random bytes, and a tensor that lies among them."""
+
+    memory: Tensor
+    inner: Tensor
+
+    def to(self, device: str) -> Room:
+        """The same on a device, in memory of its own and as crooked as here."""
+        memory, start = self.memory.to(device, copy=True), self.inner.storage_offset()
+        assert memory.data_ptr() % 16 == 0
+        return Room(memory, memory.view(self.inner.dtype)[start : start + self.inner.numel()])
 
 
 def random_bytes(count: int, seed: int) -> Tensor:
@@ -29,12 +43,11 @@ def random_bytes(count: int, seed: int) -> Tensor:
     return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
 
 
-def guarded(values: Tensor, place: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A room of random bytes, and in it a tensor with these values that begins ``place`` elements behind its guard."""
-    width = values.element_size()
-    room = random_bytes(values.numel() * width + (2 * GUARD + place) * width, seed)
-    inner = room.view(values.dtype)[GUARD + place : GUARD + place + values.numel()]
-    return room, inner.copy_(values.flatten())
+def guarded(values: Tensor, place: int, seed: int) -> Room:
+    """A room for a tensor with these values that begins ``place`` elements behind its guard."""
+    width, first = values.element_size(), GUARD + place
+    memory = random_bytes((values.numel() + first + GUARD) * width, seed)
+    return Room(memory, memory.view(values.dtype)[first : first + values.numel()].copy_(values.flatten()))
 
 
 def hyper_row(
@@ -55,70 +68,117 @@ def hyper_row(
     ]
 
 
-@dataclass
-class Problem:
-    """The arguments of ``adamw_step``, and the rooms that its tensors lie in."""
+def gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None], aligned: bool = False) -> Gradients:
+    """Tensors with their addresses."""
+    rows = [
+        [p.data_ptr(), 0 if g is None else g.data_ptr(), DTYPE_CODES[p.dtype]]
+        for p, g in zip(params, grads, strict=True)
+    ]
+    device = params[0].device if params else None
+    return Gradients(params, grads, torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3), aligned)
 
-    bits: int
-    dtype: torch.dtype
-    state: Tensor
-    params: list[tuple[Tensor, Tensor]]
-    grads: list[tuple[Tensor, Tensor] | None]
-    hyper: Tensor
-    table: PageTable
-    coefficient: Tensor | None = None
-    most: int = CHUNK
-    chunks: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+def chunks_of(sizes: Sequence[int], most: int = CHUNK) -> Tensor:
+    """Tensors cut into ``gradient_norm``'s chunks."""
+    rows = [(t, i, min(most, n - i)) for t, n in enumerate(sizes) for i in range(0, n, most)]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+
+class ManyTensors:
+    """Operands of ``adamw_step`` and ``gradient_norm``, with the state as after some steps.
+
+    Where a page is not used it holds random bytes, and so does the end of a page, which has no room for a block.
+
+    Args:
+        sizes: elements of each tensor.
+        bits: of the state.
+        dtype: of the tensors.
+        absent: tensors without a gradient.
+        aligned: tensors begin at multiples of 16 bytes, not anywhere.
+        blocks: of a page.
+        waste: bytes of a page behind its blocks.
+        coefficient: of the gradients, or None.
+        seed: of all values.
+        hyper: what ``hyper_row`` takes, for all tensors instead of each tensor's own.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = SIZES,
+        bits: int = 32,
+        dtype: torch.dtype = torch.float32,
+        *,
+        absent: Collection[int] = (),
+        aligned: bool = False,
+        blocks: int = 16,
+        waste: int = 32,
+        coefficient: float | None = None,
+        seed: int = 0,
+        **hyper: Any,
+    ) -> None:
+        self.sizes, self.bits, self.dtype = tuple(sizes), bits, dtype
+        self.absent, self.aligned = frozenset(absent), aligned
+        page_bytes = -(-blocks * block_bytes(bits) // 16) * 16 + waste
+        self.table = PageTable(sizes, [Kind(bits, dtype)] * len(sizes), page_bytes)
+        self.param_rooms, self.grad_rooms = [], []
+        for t, size in enumerate(sizes):
+            values = randn(size, seed=seed + 2 * t, dtype=dtype)
+            spread = randn(size, seed=seed + 2 * t + 1, dtype=torch.float64)
+            gradient = (spread * 10 ** randn(size, seed=seed + t, dtype=torch.float64)).clamp(-1e4, 1e4)
+            places = (0, 0) if aligned else ((t + 1) % 7, (t + 5) % 7)
+            self.param_rooms.append(guarded(values, places[0], seed + t))
+            self.grad_rooms.append(guarded(gradient.to(dtype), places[1], seed + t + 1))
+        self.state_room = guarded(random_bytes(self.table.nbytes, seed), 0, seed + 1)
+        for t in range(len(sizes)):
+            for i, part in enumerate(self.moments_of(t)):
+                _fill(part, seed + 10 * t + i)
+        own = [{"step": t + 1, "lr": 1e-2 / (t + 1), "weight_decay": 1e-2 * t} for t in range(len(sizes))]
+        self.hyper = torch.tensor([hyper_row(**settings | hyper) for settings in own]).view(-1, 6)
+        self.coefficient = None if coefficient is None else torch.tensor(coefficient)
+        self.chunks = self._cut(CHUNK)
+
+    def _cut(self, most: int) -> Tensor:
         pages = range(len(self.table.pages))
-        rows = [row for page in pages for row in self.table.chunks(page, page * self.page_bytes, self.most)]
-        self.chunks = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+        rows = [row for page in pages for row in self.table.chunks(page, page * self.page_bytes, most)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.state.device).view(-1, 5)
+
+    def to(self, device: str) -> ManyTensors:
+        """The same on a device, in memory of its own."""
+        other = copy.copy(self)
+        other.param_rooms = [room.to(device) for room in self.param_rooms]
+        other.grad_rooms = [room.to(device) for room in self.grad_rooms]
+        other.state_room, other.chunks = self.state_room.to(device), self.chunks.to(device, copy=True)
+        other.hyper = self.hyper.to(device, copy=True)
+        other.coefficient = None if self.coefficient is None else self.coefficient.to(device, copy=True)
+        return other
+
+    def copy(self, most: int | None = None) -> ManyTensors:
+        """The same in memory of its own; ``most`` cuts the chunks of a step anew."""
+        other = self.to(self.state.device.type)
+        if most is not None:
+            other.chunks = other._cut(most)
+        return other
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [room.inner for room in self.param_rooms]
+
+    @property
+    def grads(self) -> list[Tensor | None]:
+        return [None if t in self.absent else room.inner for t, room in enumerate(self.grad_rooms)]
+
+    def grad(self, tensor: int) -> Tensor:
+        """Of a tensor that has one."""
+        assert tensor not in self.absent
+        return self.grad_rooms[tensor].inner
+
+    @property
+    def state(self) -> Tensor:
+        return self.state_room.inner
 
     @property
     def page_bytes(self) -> int:
         return self.table.page_bytes
-
-    def copy(self, **changes: Any) -> Problem:
-        """Another with the same values in rooms of its own."""
-        made = copy.copy(self)
-        made.state = self.state.clone()
-        made.params = [self._moved(pair) for pair in self.params]
-        made.grads = [None if pair is None else self._moved(pair) for pair in self.grads]
-        for name, value in changes.items():
-            setattr(made, name, value)
-        made.__post_init__()
-        return made
-
-    @staticmethod
-    def _moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        room, inner = pair[0].clone(), pair[1]
-        start = inner.storage_offset()
-        return room, room.view(inner.dtype)[start : start + inner.numel()]
-
-    def gradients(self) -> Gradients:
-        params = [inner for _, inner in self.params]
-        grads = [None if pair is None else pair[1] for pair in self.grads]
-        return gradients(params, grads)
-
-    def run(self, backend: str) -> Problem:
-        """One step; itself."""
-        with peftrt.backend(backend):
-            adamw_step(
-                self.state,
-                self.chunks,
-                self.gradients(),
-                self.hyper,
-                self.coefficient,
-                self.bits,
-                self.page_bytes,
-                self.dtype,
-            )
-        return self
-
-    def everything(self) -> list[Tensor]:
-        """All that a step could write, guards too."""
-        return [self.state, *(room for room, _ in self.params), *(pair[0] for pair in self.grads if pair is not None)]
 
     def moments_of(self, tensor: int) -> list[Moments]:
         """A tensor's state, piece by piece."""
@@ -129,51 +189,55 @@ class Problem:
             for page, segment in self.table.places[tensor]
         ]
 
+    def gradients(self) -> Gradients:
+        return gradients(self.params, self.grads, self.aligned)
 
-def gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Gradients:
-    """Tensors of a CPU with their addresses."""
-    rows = [
-        [p.data_ptr(), 0 if g is None else g.data_ptr(), DTYPE_CODES[p.dtype]]
-        for p, g in zip(params, grads, strict=True)
-    ]
-    return Gradients(params, grads, torch.tensor(rows, dtype=torch.int64).view(-1, 3))
+    def step_args(self, spare: int = 0) -> tuple[Any, ...]:
+        """Arguments of ``adamw_step``."""
+        own = (self.bits, self.page_bytes, self.dtype, spare)
+        return self.state, self.chunks, self.gradients(), self.hyper, self.coefficient, *own
 
+    def step(self, backend: str | None = None, spare: int = 0) -> ManyTensors:
+        """One step; itself."""
+        with peftrt.backend(backend):
+            ops.adamw_step(*self.step_args(spare))
+        return self
 
-def problem(
-    dtype: torch.dtype = torch.float32,
-    bits: int = 32,
-    *,
-    sizes: Sequence[int] = SIZES,
-    absent: Sequence[int] = ABSENT,
-    blocks: int = 16,
-    coefficient: float | None = None,
-    seed: int = 0,
-    **hyper: Any,
-) -> Problem:
-    """A state as after some steps, in pages of so many blocks; where a page is not used it holds random bytes."""
-    page_bytes = -(-blocks * BLOCK_BYTES[bits] // 16) * 16
-    table = PageTable(sizes, [Kind(bits, dtype)] * len(sizes), page_bytes)
-    params, grads = [], []
-    for t, size in enumerate(sizes):
-        params.append(guarded(randn(size, seed=seed + 2 * t, dtype=dtype), t % 7, seed + t))
-        spread = randn(size, seed=seed + 2 * t + 1, dtype=torch.float64)
-        gradient = (spread * 10 ** randn(size, seed=seed + t, dtype=torch.float64)).to(dtype)
-        grads.append(None if t in absent else guarded(gradient, (t + 3) % 7, seed + t + 1))
-    rows = [hyper_row(t + 1, lr=1e-2 / (t + 1), **hyper) for t in range(len(sizes))]
-    made = Problem(
-        bits,
-        dtype,
-        random_bytes(len(table.pages) * table.page_bytes, seed),
-        params,
-        grads,
-        torch.tensor(rows).view(-1, 6),
-        table,
-        None if coefficient is None else torch.tensor(coefficient),
-    )
-    for t in range(len(sizes)):
-        for i, part in enumerate(made.moments_of(t)):
-            _fill(part, seed + 10 * t + i)
-    return made
+    def norm_args(self, max_norm: float) -> tuple[Any, ...]:
+        """Arguments of ``gradient_norm``; what it writes is NaN."""
+        device = self.state.device
+        chunks = chunks_of(self.sizes).to(device)
+        partials = torch.full((len(chunks),), torch.nan, dtype=torch.float64, device=device)
+        return self.gradients(), chunks, partials, max_norm, torch.full((2,), torch.nan, device=device)
+
+    def norm(self, max_norm: float = 1.0, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """Norm with coefficient, and the chunks' sums."""
+        *args, _ = self.norm_args(max_norm)
+        room = torch.full((10,), torch.nan, device=self.state.device)
+        out = room[4:6]  # at a multiple of 16 bytes, as norm_args has it: a kernel is compiled for one or the other
+        with peftrt.backend(backend):
+            ops.gradient_norm(*args, out)
+        assert room[:4].isnan().all()
+        assert room[6:].isnan().all()
+        return out, args[2]
+
+    def everything(self) -> list[Tensor]:
+        """All that an operation could write, guards too, as bytes."""
+        return [room.memory for room in (self.state_room, *self.param_rooms, *self.grad_rooms)]
+
+    def assert_equals(self, expected: ManyTensors) -> None:
+        """Every bit of tensors and pages, with all that lies around them, but that one NaN is like another."""
+        for got, wanted in zip(self._quiet().everything(), expected._quiet().everything(), strict=True):
+            assert_same_bits(got, wanted)
+
+    def _quiet(self) -> ManyTensors:
+        """On a CPU, with one NaN for all in what a step writes as numbers; codes and guards stay as they are."""
+        made = self.to("cpu")
+        state = [part for t in range(len(self.sizes)) for piece in made.moments_of(t) for part in piece]
+        for part in (*made.params, *state):
+            if part is not None and part.is_floating_point():
+                part.copy_(quiet(part))
+        return made
 
 
 def _fill(part: Moments, seed: int) -> None:
@@ -184,3 +248,13 @@ def _fill(part: Moments, seed: int) -> None:
         return  # the codes are random as they are
     part.exp_avg_scale.copy_(m[: part.exp_avg_scale.numel()].abs())
     part.exp_avg_sq_scale.copy_(v[: part.exp_avg_sq_scale.numel()].abs())
+
+
+def quiet(tensor: Tensor) -> Tensor:
+    """With one NaN for all: which of its bits a NaN has is nobody's promise."""
+    return tensor.masked_fill(tensor.isnan(), torch.nan)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """The same bits, but that one NaN is like another."""
+    assert_same_bits(quiet(actual), quiet(expected))

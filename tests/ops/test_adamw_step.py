@@ -11,37 +11,21 @@ import torch
 from torch import Tensor
 
 import peftrt
-from peftrt.formats.adamw_state import EXP_AVG_MAP, EXP_AVG_SQ_MAP, Moments, moments
+from peftrt.formats.adamw_state import EXP_AVG_MAP, EXP_AVG_SQ_MAP, Moments, block_bytes, moments
 from peftrt.formats.nf4 import midpoints
 from peftrt.ops import _native
 from peftrt.ops._adamw_step import STEP, adamw_step
 from tests.cases import BACKENDS, FLOATS, NATIVE, randn
-from tests.ops.many_tensors import ABSENT, BLOCK_BYTES, SIZES, Problem, gradients, hyper_row, problem
+from tests.ops.many_tensors import ABSENT, SIZES, ManyTensors, gradients, hyper_row
 from tests.tolerances import assert_same_bits
 
 BITS = (32, 8)
 needs_native = pytest.mark.skipif(_native.load() is not None, reason="the native library is not built")
 
 
-def assert_equal(got: Problem, want: Problem) -> None:
-    """The same bytes in state, parameters and gradients, and around them."""
-    for a, b in zip(got.everything(), want.everything(), strict=True):
-        assert_same_bits(a, b)
-
-
-def quiet(tensor: Tensor) -> Tensor:
-    """With one NaN for all: which of its bits a NaN has is nobody's promise."""
-    return tensor.where(~tensor.isnan(), torch.nan) if tensor.is_floating_point() else tensor
-
-
-def assert_equal_but_nan(got: Problem, want: Problem) -> None:
-    for (_, a), (_, b) in zip(got.params, want.params, strict=True):
-        assert_same_bits(quiet(a), quiet(b))
-    for t in range(len(got.params)):
-        for mine, theirs in zip(got.moments_of(t), want.moments_of(t), strict=True):
-            for a, b in zip(mine, theirs, strict=True):
-                if a is not None and b is not None:
-                    assert_same_bits(quiet(a), quiet(b))
+def problem(dtype: torch.dtype = torch.float32, bits: int = 32, **changes: Any) -> ManyTensors:
+    """All sizes, at odd addresses, two of them without a gradient."""
+    return ManyTensors(**{"sizes": SIZES, "bits": bits, "dtype": dtype, "absent": ABSENT} | changes)
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.37])
@@ -54,7 +38,7 @@ def test_native_writes_the_references_bytes(
     start = problem(dtype, bits, coefficient=coefficient)
     got, want = start.copy(), start.copy()
     for _ in range(3):  # what was written is read by the next step
-        assert_equal(got.run(backend), want.run("reference"))
+        got.step(backend).assert_equals(want.step("reference"))
     assert not torch.equal(got.state, start.state)
 
 
@@ -62,32 +46,30 @@ def test_native_writes_the_references_bytes(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_gradient_nothing_is_changed(backend: str, bits: int) -> None:
     start = problem(bits=bits)
-    got = start.copy().run(backend)
+    got = start.copy().step(backend)
     for t in range(len(SIZES)):
-        changed = not torch.equal(got.params[t][1], start.params[t][1])
+        changed = not torch.equal(got.params[t], start.params[t])
         assert changed == (t not in ABSENT)
         for mine, before in zip(got.moments_of(t), start.moments_of(t), strict=True):
             assert torch.equal(mine.exp_avg, before.exp_avg) == (t in ABSENT)
             if bits == 8:
                 assert torch.equal(mine.exp_avg_scale, before.exp_avg_scale) == (t in ABSENT)
-    for (room, _), (before, _) in zip(
-        *[[pair for pair in p.grads if pair is not None] for p in (got, start)], strict=True
-    ):
-        assert torch.equal(room, before)
+    for room, before in zip(got.grad_rooms, start.grad_rooms, strict=True):
+        assert torch.equal(room.memory, before.memory)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_how_chunks_are_cut_changes_no_bit(backend: str, bits: int) -> None:
     start = problem(bits=bits, coefficient=0.5)
-    want = start.copy().run(backend)
+    want = start.copy().step(backend)
     for most in (256, 512, 1280):
-        assert_equal(start.copy(most=most).run(backend), want)
+        start.copy(most=most).step(backend).assert_equals(want)
     if bits == 32:
-        assert_equal(start.copy(most=4096).run(backend), want)
+        start.copy(most=4096).step(backend).assert_equals(want)
     shuffled = start.copy()
     shuffled.chunks = shuffled.chunks[torch.randperm(len(shuffled.chunks))]
-    assert_equal(shuffled.run(backend), want)
+    shuffled.step(backend).assert_equals(want)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -96,22 +78,20 @@ def test_the_number_of_threads_changes_no_bit(backend: str, bits: int) -> None:
     start = problem(bits=bits, sizes=(60_000, 1, 50_001, *range(1, 300)), absent=(), blocks=300)
     before, seen = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads, spare in ((1, 0), (2, 0), (3, 0), (3, 1), (3, 3), (2, 9)):
             torch.set_num_threads(threads)
-            seen.append(start.copy().run(backend))
+            seen.append(start.copy().step(backend, spare))
     finally:
         torch.set_num_threads(before)
-    assert_equal(seen[1], seen[0])
-    assert_equal(seen[2], seen[0])
+    for other in seen[1:]:
+        other.assert_equals(seen[0])
 
 
-def by_hand(p: Problem, tensor: int) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
+def by_hand(p: ManyTensors, tensor: int) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
     """A tensor after a step, and each piece of its state, in numpy's fp32."""
     f = np.float32
     one_minus_beta1, one_minus_beta2, step_size, correction, eps, decay = p.hyper[tensor].numpy()
-    gradient = p.grads[tensor]
-    assert gradient is not None
-    grad, before = gradient[1].float().numpy(), p.params[tensor][1].float().numpy()
+    grad, before = p.grad(tensor).float().numpy(), p.params[tensor].float().numpy()
     if p.coefficient is not None:
         grad = grad * f(p.coefficient.item())
     after, state, done = np.empty_like(before), [], 0
@@ -152,10 +132,10 @@ def encoded(values: np.ndarray, levels: Tensor) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arithmetic_by_hand(backend: str, bits: int, coefficient: float | None) -> None:
     start = problem(bits=bits, sizes=(1, 300, 1000), absent=(), blocks=2, coefficient=coefficient)
-    got = start.copy().run(backend)
+    got = start.copy().step(backend)
     for t in range(3):
         parameter, state = by_hand(start, t)
-        assert_same_bits(got.params[t][1], torch.from_numpy(parameter))
+        assert_same_bits(got.params[t], torch.from_numpy(parameter))
         for part, want in zip(got.moments_of(t), state, strict=True):
             order = (0, 1) if bits == 32 else (0, 2, 1, 3)
             for i, values in zip(order, want, strict=True):
@@ -178,16 +158,16 @@ EXTREMES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_extreme_settings(backend: str, hyper: dict[str, Any], bits: int) -> None:
     start = problem(bits=bits, **hyper)
-    assert_equal_but_nan(start.copy().run(backend), start.copy().run("reference"))
+    start.copy().step(backend).assert_equals(start.copy().step("reference"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lr_of_zero_changes_the_state_alone(backend: str) -> None:
     start = problem()
     start.hyper = torch.tensor([hyper_row(lr=0.0)] * len(SIZES))
-    got = start.copy().run(backend)
-    for (room, _), (before, _) in zip(got.params, start.params, strict=True):
-        assert_same_bits(room, before)
+    got = start.copy().step(backend)
+    for room, before in zip(got.param_rooms, start.param_rooms, strict=True):
+        assert_same_bits(room.memory, before.memory)
     assert not torch.equal(got.state, start.state)
 
 
@@ -197,17 +177,17 @@ def test_lr_of_zero_changes_the_state_alone(backend: str) -> None:
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_what_is_not_finite_stays_in_its_block(backend: str, dtype: torch.dtype, bits: int, value: float) -> None:
     start = problem(dtype, bits)
-    clean = start.copy().run("reference")
+    clean = start.copy().step("reference")
     for t, at in ((0, 0), (4, 256), (8, 700)):
-        start.grads[t][1][at] = value  # type: ignore[index]
-    start.params[5][1][9] = value
-    got = start.copy().run(backend)
-    assert_equal_but_nan(got, start.copy().run("reference"))
+        start.grad(t)[at] = value
+    start.params[5][9] = value
+    got = start.copy().step(backend)
+    got.assert_equals(start.copy().step("reference"))
     block = slice(512, 768)
     outside = [t for t in range(len(SIZES)) if t not in (0, 4, 5, 8)]
     for t in outside:
-        assert_same_bits(got.params[t][0], clean.params[t][0])
-    mine, theirs = got.params[8][1], clean.params[8][1]
+        assert_same_bits(got.param_rooms[t].memory, clean.param_rooms[t].memory)
+    mine, theirs = got.params[8], clean.params[8]
     assert not mine[700].isfinite()
     same = mine == theirs
     assert same[: block.start].all()
@@ -224,10 +204,10 @@ def test_scales_that_are_zero_subnormal_or_huge(backend: str, magnitude: float) 
         for part in start.moments_of(t):
             part.exp_avg_scale.fill_(magnitude)  # type: ignore[union-attr]
             part.exp_avg_sq_scale.fill_(magnitude)  # type: ignore[union-attr]
-        if start.grads[t] is not None:
-            start.grads[t][1].mul_(min(magnitude, 1.0))  # type: ignore[index]
-    got = start.copy().run(backend)
-    assert_equal_but_nan(got, start.copy().run("reference"))
+        if t not in start.absent:
+            start.grad(t).mul_(min(magnitude, 1.0))
+    got = start.copy().step(backend)
+    got.assert_equals(start.copy().step("reference"))
     if magnitude == 0:
         for part in got.moments_of(8):
             assert (part.exp_avg == 127).all()
@@ -250,12 +230,12 @@ def test_every_code_and_every_midpoint(backend: str) -> None:
     for squared in (False, True):
         start = problem(bits=8, sizes=(grads.numel(),), absent=(), blocks=blocks)
         start.hyper = torch.tensor([[1.0, 1.0, 1e-3, 1.0, 1e-8, 0.0]])  # the moments become g and g^2
-        start.grads[0][1].copy_(grads.abs().sqrt() if squared else grads)  # type: ignore[index]
+        start.grad(0).copy_(grads.abs().sqrt() if squared else grads)
         for part in start.moments_of(0):
             part.exp_avg.copy_(torch.arange(part.exp_avg.numel()) % 256)
             part.exp_avg_sq.copy_(torch.arange(part.exp_avg.numel()) % 256)
         for _ in range(2):
-            assert_equal(start.copy().run(backend), start.copy().run("reference"))
+            start.copy().step(backend).assert_equals(start.copy().step("reference"))
             start.hyper[0, :2] = 0.25
 
 
@@ -268,18 +248,18 @@ def test_a_thousand_steps_are_as_exact_as_torchs(backend: str) -> None:
     optimizers = [torch.optim.AdamW([exact], **settings), torch.optim.AdamW([fused], fused=True, **settings)]  # type: ignore[arg-type]
     ours = problem(sizes=(size,), absent=())
     ours.state.zero_()
-    ours.params[0][1].copy_(start)
+    ours.params[0].copy_(start)
     mean, wide = randn(size, seed=5), randn(size, seed=6).abs() * 3
     for step in range(1, 1001):
         grad = (mean + wide * randn(size, seed=100 + step)) * 1e-3
         exact.grad, fused.grad = grad.double(), grad
         for optimizer in optimizers:
             optimizer.step()
-        ours.grads[0][1].copy_(grad)  # type: ignore[index]
+        ours.grad(0).copy_(grad)
         ours.hyper = torch.tensor([hyper_row(step, **settings)])  # type: ignore[arg-type]
-        ours.run(backend)
+        ours.step(backend)
     theirs = (fused.double() - exact).abs().max()
-    error = (ours.params[0][1].double() - exact).abs().max()
+    error = (ours.params[0].double() - exact).abs().max()
     assert error <= 2 * theirs, f"{error:.3g}, torch's fused {theirs:.3g}"
 
 
@@ -287,14 +267,12 @@ def test_no_chunks_and_no_elements() -> None:
     start = problem(sizes=(), absent=())
     assert len(start.chunks) == 0
     for backend in ("reference", *(() if _native.load() else ("native",))):
-        start.copy().run(backend)
+        start.copy().step(backend)
 
 
 @needs_native
 def test_native_comes_first() -> None:
-    start = problem()
-    arguments = (start.state, start.chunks, start.gradients(), start.hyper, None, 32, start.page_bytes, start.dtype)
-    assert STEP.choice(*arguments).backend.name == "native"  # type: ignore[union-attr]
+    assert STEP.choice(*problem().step_args()).backend.name == "native"  # type: ignore[union-attr]
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
@@ -311,19 +289,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("message", "change"), BAD, ids=range(len(BAD)))
 def test_a_bad_call_is_refused(message: str, change: dict[str, Any]) -> None:
-    start = problem()
-    good = {"state": start.state, "chunks": start.chunks, "hyper": start.hyper, "bits": 32} | change
+    names = ("state", "chunks", "gradients", "hyper", "coefficient", "bits", "page_bytes", "dtype", "spare")
+    good = dict(zip(names, problem().step_args(), strict=True))
     with pytest.raises(ValueError, match=f"adamw_step: {message}"):
-        adamw_step(
-            good["state"],
-            good["chunks"],
-            start.gradients(),
-            good["hyper"],
-            None,
-            good["bits"],
-            start.page_bytes,
-            start.dtype,
-        )
+        adamw_step(**good | change)
 
 
 ROOM = 4096
@@ -349,7 +318,7 @@ BAD_ROWS: list[tuple[str, list[int]]] = [
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("message", "row"), BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_a_table_that_would_write_astray_is_refused(message: str, row: list[int], bits: int) -> None:
-    page_bytes = BLOCK_BYTES[bits] * ROOM // 256
+    page_bytes = block_bytes(bits) * ROOM // 256
     params = [torch.ones(ROOM), torch.ones(ROOM).half()]
     state = torch.zeros(page_bytes, dtype=torch.uint8)
     many = gradients(params, params)
@@ -382,7 +351,7 @@ def test_a_table_that_would_write_astray_is_refused(message: str, row: list[int]
 )
 def test_the_library_refuses_what_it_cannot_take(message: str, change: dict[int, Any]) -> None:
     arguments = [torch.zeros(8192, dtype=torch.uint8), torch.tensor([[0, 0, 1, 0, 0]]), torch.zeros(1, 3).long()]
-    arguments += [torch.zeros(1, 6), None, 32, 8192, 0]  # type: ignore[list-item]
+    arguments += [torch.zeros(1, 6), None, 32, 8192, 0, 0]  # type: ignore[list-item]
     torch.ops.peftrt_cpu.adamw_step(*arguments)
     with pytest.raises(RuntimeError, match=f"adamw_step: {message}"):
         torch.ops.peftrt_cpu.adamw_step(*(change.get(i, value) for i, value in enumerate(arguments)))
@@ -390,7 +359,7 @@ def test_the_library_refuses_what_it_cannot_take(message: str, change: dict[int,
 
 def test_a_forced_backend_that_is_not_there_is_named() -> None:
     with pytest.raises(peftrt.BackendError, match="adamw_step: no backend can run this call"):
-        problem().run("triton")
+        problem().step("triton")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -400,12 +369,12 @@ def test_sizes_around_a_vector_and_a_block(backend: str, bits: int) -> None:
         size + extra for size, extra in itertools.product((0, 8, 16, 32, 256, 512), range(-3, 4)) if size + extra > 0
     ]
     for dtype in FLOATS:
-        start = problem(dtype, bits, sizes=sizes, absent=(), blocks=7)
-        assert_equal(start.copy().run(backend), start.copy().run("reference"))
+        start = problem(dtype, bits, sizes=sizes, absent=(), blocks=7, waste=0)
+        start.copy().step(backend).assert_equals(start.copy().step("reference"))
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_page_that_wastes_bytes(bits: int) -> None:
     """Behind what a whole number of blocks takes nothing is read or written."""
-    page = torch.arange(BLOCK_BYTES[bits] * 3 + 48).to(torch.uint8)
+    page = torch.arange(block_bytes(bits) * 3 + 48).to(torch.uint8)
     assert moments(page, bits).exp_avg.numel() == 768

@@ -16,22 +16,17 @@ from peftrt.ops import _native
 from peftrt.ops._addresses import CHUNK
 from peftrt.ops._gradient_norm import NORM, gradient_norm
 from tests.cases import BACKENDS, FLOATS, NATIVE, randn
-from tests.ops.many_tensors import gradients, guarded
+from tests.ops.many_tensors import chunks_of, gradients, guarded
 from tests.tolerances import assert_same_bits
 
 SIZES = (1, 7, 255, 256, 257, 1024, 4096, 5000, 1, 12345, 1023)
 needs_native = pytest.mark.skipif(_native.load() is not None, reason="the native library is not built")
 
 
-def chunks_of(sizes: Sequence[int], most: int = CHUNK) -> Tensor:
-    rows = [(t, i, min(most, n - i)) for t, n in enumerate(sizes) for i in range(0, n, most)]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-
-
 def many(dtypes: Sequence[torch.dtype] = FLOATS, sizes: Sequence[int] = SIZES) -> list[Tensor]:
     """Gradients at odd addresses, of these dtypes in turn."""
     return [
-        guarded(randn(size, seed=t, dtype=dtypes[t % len(dtypes)]) * 10 ** (t % 3), t % 5, t)[1]
+        guarded(randn(size, seed=t, dtype=dtypes[t % len(dtypes)]) * 10 ** (t % 3), t % 5, t).inner
         for t, size in enumerate(sizes)
     ]
 
