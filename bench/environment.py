@@ -57,6 +57,7 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cpu":
         facts["isa"] = _native.isa() or f"none: {_native.load()}"
         facts["load_at_start"] = round(os.getloadavg()[0], 2)
+        facts["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "not set")
     else:
         properties = torch.cuda.get_device_properties()
         facts["capability"] = f"{properties.major}.{properties.minor}"

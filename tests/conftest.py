@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # libgomp reads it when torch is imported. Threads that spin while they wait make a shared machine, as CI has, ten times
-# slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# slower. Benchmarks, which pytest loads this file for too, have them as users do.
+if "--benchmark" not in sys.argv:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Deterministic cuBLAS must be asked for before its first call; without it the fixture below would make matmuls raise.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

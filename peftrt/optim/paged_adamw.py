@@ -273,7 +273,9 @@ class PagedAdamW(SavedState):
         def launch(page: int, offset: int) -> None:
             state = slab[offset:] if page >= 0 else slab
             for kind, chunks in self._tables.launches(page):
-                adamw_step(state, chunks, gradients, hyper, coefficient, kind.bits, page_bytes, kind.dtype, spare)
+                # a page in 8 bits takes four times as long to compute as to move
+                left = spare if kind.bits == 32 else 0
+                adamw_step(state, chunks, gradients, hyper, coefficient, kind.bits, page_bytes, kind.dtype, left)
 
         touched = [any(has_grad[segment.tensor] for segment in page.segments) for page in self.table.pages]
         try:
