@@ -155,5 +155,10 @@ class FileStore:
             self._file.close()
             self._file = None
 
+    def __del__(self) -> None:
+        # an optimizer need not be closed, and one that was never finished has no file
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
 
 Store = HostStore | FileStore
