@@ -22,6 +22,7 @@ from peftrt.optim.parameters import Parameters, check_groups
 from peftrt.optim.saved_state import SavedState
 from peftrt.optim.step_tables import StepTables, table_bytes
 from peftrt.optim.stores import FileStore, HostStore, Store
+from peftrt.optim.uninterrupted import uninterrupted
 
 MIB = 1 << 20
 PAGE_SIZES = (16 * MIB, 8 * MIB, 4 * MIB)
@@ -67,6 +68,8 @@ class PagedAdamW(SavedState):
     Every step is one fused kernel a page over all the tensors in it, however small. ``step`` allocates nothing on the
     device, and the bytes there never exceed the budget. Results are the same bits whatever the budget and the backing,
     on a CPU and on a GPU: every operation is rounded to fp32 by itself (``peftrt.ops.adamw_step`` has the equations).
+
+    A Ctrl-C in the middle of a step is raised when the step is done.
 
     Parameters may be re-allocated between steps (``p.data = ...``): their addresses are looked at in every step. One
     that has changed its dtype, device or number of elements is an error.
@@ -247,13 +250,14 @@ class PagedAdamW(SavedState):
         if self.skip_nonfinite and norm is not None and not math.isfinite(float(norm[0])):
             self._skipped += 1
             return loss
-        self._apply(gradients, None if norm is None or self.max_grad_norm is None else norm[1], has_grad)
-        self.steps = steps
-        self._taken += 1
-        # so that autograd knows of what no operation of torch's has changed
-        torch.autograd.graph.increment_version(
-            [p for p, grad in zip(self.parameters, grads, strict=True) if grad is not None]
-        )
+        with uninterrupted():
+            self._apply(gradients, None if norm is None or self.max_grad_norm is None else norm[1], has_grad)
+            self.steps = steps
+            self._taken += 1
+            # so that autograd knows of what no operation of torch's has changed
+            torch.autograd.graph.increment_version(
+                [p for p, grad in zip(self.parameters, grads, strict=True) if grad is not None]
+            )
         return loss
 
     def _norm(self, gradients: Gradients) -> Tensor | None:

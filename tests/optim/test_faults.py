@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -187,18 +188,57 @@ def test_loading_that_ends_with_an_error_poisons_the_optimizer() -> None:
         optimizer.step()
 
 
-def test_an_interrupt_in_the_middle_poisons_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    params, optimizer = train(steps=1, **PAGES)
+def interrupt(optimizer: PagedAdamW, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So many Ctrl-C in the middle of the next step."""
+    update = optimizer._paging._update
+    left = [times]
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupted(*args: Any) -> None:
+        while left[0]:
+            left[0] -= 1
+            os.kill(os.getpid(), signal.SIGINT)
+        update(*args)
 
     monkeypatch.setattr(optimizer._paging, "_update", interrupted)
+
+
+def test_ctrl_c_comes_when_the_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = train(steps=1, **PAGES)
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt(optimizer, monkeypatch, 1)
     gradients(params, 1)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
+    assert signal.getsignal(signal.SIGINT) is handler
+    gradients(params, 2)
+    optimizer.step()
+    expected, reference = train(steps=3)
+    assert same(expected, params)
+    assert same_pages(reference, optimizer)
+
+
+def test_a_second_ctrl_c_comes_at_once_and_poisons_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = train(steps=1, **PAGES)
+    interrupt(optimizer, monkeypatch, 2)
+    gradients(params, 1)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(PoisonedError, match="KeyboardInterrupt"):
         optimizer.step()
+
+
+def test_a_handler_of_ones_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = train(steps=1, **PAGES)
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        interrupt(optimizer, monkeypatch, 3)
+        gradients(params, 1)
+        optimizer.step()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIGINT] * 3
 
 
 def test_out_of_memory_elsewhere_leaves_the_last_step() -> None:
