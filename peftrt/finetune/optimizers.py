@@ -59,8 +59,8 @@ class Optim:
                 max_grad_norm=max_grad_norm or None,
             )
         except (TypeError, ValueError) as error:
-            # what comes after names an argument that the command does not have
-            reason = str(error).removeprefix("PagedAdamW: ").partition("; page_size")[0]
+            # it names arguments that the command does not have
+            reason = str(error).removeprefix("PagedAdamW: ").removeprefix("device_budget ").partition("; page_size")[0]
             option = f"--optim {self.name}" if self.budget is None else f"--optim-budget {self.budget}"
             raise UserError(f"{option}: {reason}") from error
 

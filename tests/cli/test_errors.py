@@ -53,7 +53,7 @@ def refused(tmp_path: Path, bert: Path, labelled: Path, capsys: pytest.CaptureFi
         (["--optim-budget", "64MiB"], "--optim-budget needs --optim paged-adamw or paged-adamw-8bit, not adamw"),
         (["--optim", "paged-adamw", "--optim-budget", "64MB"], "--optim-budget must be like 1048576, '512MiB' or"),
         (["--optim", "paged-adamw", "--optim-budget", "-1"], "--optim-budget must not be negative, got '-1'"),
-        (["--optim", "paged-adamw", "--optim-budget", "1KiB"], "--optim-budget 1KiB: device_budget must be at least "),
+        (["--optim", "paged-adamw", "--optim-budget", "1KiB"], "--optim-budget 1KiB: must be at least "),
         (["--epochs", "2"], "--epochs and --steps exclude each other"),
         (["--eval-data", "x.csv", "--eval-share", "0.5"], "--eval-data and --eval-share exclude each other"),
         (["--device", "cuda:99"], "--device cuda:99: "),
@@ -153,7 +153,7 @@ def test_a_budget_that_is_too_small_replaces_no_run(
     given = ["--model", bert, "--data", labelled, "--task", "classify", "--out", out, "--steps", 1, "--r", 2]
     assert main(["finetune", *map(str, given)]) == 0
     small = ("--overwrite", "--optim", "paged-adamw-8bit", "--optim-budget", "1KiB")
-    assert "--optim-budget 1KiB: device_budget must be at least " in refused(*small)
+    assert "--optim-budget 1KiB: must be at least " in refused(*small)
     assert json.loads((out / "run.json").read_text())["finished"]
 
 
