@@ -95,8 +95,8 @@ def _figure(entry: Mapping[str, Any] | None, tokens: int) -> str:
     launched = " launched" if "note" in entry else ""
     step = f"; adds {entry['added_ms']:.4g}" if "added_ms" in entry else ""
     if "peak_mb" in entry:
-        step += f"; {1e3 * tokens / entry['ms']['p50']:,.0f} tokens/s" if tokens else ""
-        step += f", {entry['peak_mb']:,.0f} MB" if tokens else f"; {entry['peak_mb']:,.0f} MB"
+        speed = f"{1e3 * tokens / entry['ms']['p50']:,.0f} tokens/s, " if tokens else ""
+        step += f"; {speed}{entry['peak_mb']:,.0f} MB"
     return f"{entry['ms']['p50']:.4g}{ratio}{slow}{launched}{step}"
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from peftrt.optim import PagedAdamW, stores
+from peftrt.optim import PagedAdamW
 from tests.cases import FLOATS
 from tests.gpu.places import on_gpu
-from tests.optim.trained import gradients, parameters, same, same_pages, train
+from tests.optim.trained import gradients, parameters, refuse_pinned, same, same_pages, train
 
 TIGHT = {"device_budget": "300KiB", "page_size": "16KiB"}
 # cycles: some hundredths of a second
@@ -54,7 +54,7 @@ def test_pages_move_behind_what_writes_them(
 ) -> None:
     expected, reference = train(8, max_grad_norm=1.0)
     if backing == "refused":
-        refuse_large_pinned(monkeypatch)
+        refuse_pinned(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         where = tmp_path if backing == "file" else "host"
@@ -65,17 +65,6 @@ def test_pages_move_behind_what_writes_them(
         assert same_pages(reference, optimizer)
     assert same_pages(reference, optimizer)
     optimizer.close()
-
-
-def refuse_large_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = torch.zeros
-
-    def refusing(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError("no page-locked memory")
-        return zeros(*size, **options)
-
-    monkeypatch.setattr(stores.torch, "zeros", refusing)
 
 
 @on_gpu

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from peftrt.optim import PagedAdamW, PoisonedError, stores
+from peftrt.optim import PagedAdamW, PoisonedError
 from peftrt.optim.stores import FileStore, HostStore
-from tests.optim.trained import PAGES, gradients, parameters, same, same_pages, train
+from tests.optim.trained import PAGES, gradients, parameters, refuse_pinned, same, same_pages, train
 
 
 def copies(params: list[nn.Parameter]) -> list[torch.Tensor]:
@@ -104,14 +104,7 @@ def test_a_budget_under_three_pages_is_refused(budget: Any, page: str | None) ->
 
 
 def test_page_locked_memory_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = torch.zeros
-
-    def refusing(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nmore words")
-        return zeros(*size, **options)
-
-    monkeypatch.setattr(stores.torch, "zeros", refusing)
+    refuse_pinned(monkeypatch)
     store = HostStore(4096, pinned=True)
     with pytest.warns(RuntimeWarning, match=r"page-locked memory were refused \(CUDA error: out of memory\)"):
         store.make_room(range(5))

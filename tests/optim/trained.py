@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from peftrt.formats.adamw_state import moments
-from peftrt.optim import PagedAdamW
+from peftrt.optim import PagedAdamW, stores
 
 SIZES = ((1000,), (128, 256), (300, 1000), (7,), (65536,), (100, 1000), (1,), (2, 3, 5))
 PAGES = {"device_budget": "512KiB", "page_size": "64KiB"}
@@ -69,3 +70,15 @@ def moments_of(optimizer: PagedAdamW, index: int) -> list[Tensor]:
         found = moments(optimizer.read_page(page), kind.bits).narrow(segment.start, segment.length)
         parts.append([part.clone() for part in found if part is not None])
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def refuse_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store asks for page-locked memory in vain."""
+    zeros = torch.zeros
+
+    def refusing(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nmore words")
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(stores.torch, "zeros", refusing)
