@@ -2,11 +2,11 @@
 
 from peftrt.adapters.activation import active_adapters, adapter_names, remove, rows, set_active
 from peftrt.adapters.attach import adapt
-from peftrt.adapters.configs import LoraConfig
 from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
 from peftrt.adapters.fusing import fuse
 from peftrt.adapters.io import load, save
+from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.merging import merge, unmerge
 from peftrt.adapters.report import AdaptedSite, AdaptReport
 from peftrt.adapters.source import empty_weights

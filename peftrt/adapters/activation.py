@@ -7,16 +7,17 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import (
     ModelAdapters,
-    adapter_layers,
     all_or_nothing,
     expect_state,
     find_state,
+    holders,
     replace_module,
-    saved_modules,
     unwrap,
 )
+from peftrt.nn import AdapterHolder, HookedAdapters
 from peftrt.nn.adapter import as_weights
 from peftrt.nn.routing import routed
 
@@ -45,7 +46,7 @@ def set_active(model: nn.Module, names: str | Mapping[str, float] | None) -> Non
     Raises:
         ValueError: an unknown name, a weight that is not finite, adapters are merged, or several adapters have a copy
             of one module of ``modules_to_save`` (or one of them another weight than 1): whole modules cannot be summed,
-            and neither can a DoRA adapter with others on one layer.
+            and neither can DoRA's adapters, bottlenecks or prefixes with others of their place.
     """
     state = expect_state(model, "set_active")
     weights = as_weights(names)
@@ -54,26 +55,24 @@ def set_active(model: nn.Module, names: str | Mapping[str, float] | None) -> Non
         raise ValueError(
             f"set_active: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first"
         )
-    for path, module in saved_modules(model, state).items():
-        held = {name: weight for name, weight in weights.items() if name in module.copy_names}
-        if len(held) > 1 or any(weight != 1.0 for weight in held.values()):
-            shown = ", ".join(f"{name!r}: {weight}" for name, weight in held.items())
-            raise ValueError(
-                f"set_active: {path} is one of modules_to_save, of which one adapter's copy can be active, with "
-                f"weight 1; got {{{shown}}}"
-            )
+    for path, holder in holders(model, state).items():
+        reason = holder.why_inactive(_held(holder, weights))
+        if reason is not None:
+            raise ValueError(f"set_active: {path}: {reason}")
     with all_or_nothing(unwrap(model)):
         activate(model, state, weights)
 
 
 def activate(model: nn.Module, state: ModelAdapters, weights: Mapping[str, float]) -> None:
-    """Make checked ``weights`` the active ones on every layer that holds some of them."""
-    for layer in adapter_layers(model, state).values():
-        held = layer.adapter_names
-        layer.set_active({name: weight for name, weight in weights.items() if name in held})
-    for module in saved_modules(model, state).values():
-        module.choose(weights)
+    """Make checked ``weights`` the active ones on every module that holds some of them."""
+    for holder in holders(model, state).values():
+        holder.set_active(_held(holder, weights))
     state.active = dict(weights)
+
+
+def _held(holder: AdapterHolder, weights: Mapping[str, float]) -> dict[str, float]:
+    names = holder.adapter_names
+    return {name: weight for name, weight in weights.items() if name in names}
 
 
 @contextmanager
@@ -127,14 +126,14 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def detach(model: nn.Module, state: ModelAdapters, name: str) -> None:
-    """Take a known adapter off every layer."""
-    for layer in adapter_layers(model, state).values():
-        if name in layer.adapter_names:
-            layer.remove_adapter(name)
-    for module in saved_modules(model, state).values():
-        if name in module.copy_names:
-            module.remove_copy(name)
-        if not module.copy_names:
-            replace_module(unwrap(model), module, module.base)
+    """Take a known adapter off every module; those that are there for adapters alone leave with their last one."""
+    model = unwrap(model)
+    for path, holder in holders(model, state).items():
+        if name in holder.adapter_names:
+            holder.remove_adapter(name)
+        if isinstance(holder, SavedModule) and not holder.adapter_names:
+            replace_module(model, holder, holder.base)
+        if isinstance(holder, HookedAdapters) and not holder.adapter_names:
+            holder.uninstall(model, model.get_submodule(path.rpartition(".")[0]))
     state.active.pop(name, None)
     del state.configs[name]

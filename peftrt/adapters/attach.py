@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from peftrt.adapters.activation import activate
-from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.fusing import fuse as lay_siblings_together
 from peftrt.adapters.fusing import quantized_together, siblings
-from peftrt.adapters.lora_state import LoraState
-from peftrt.adapters.plan import Plan, check_initialisation, make_plan, with_task_heads
+from peftrt.adapters.method import AdapterTensors
+from peftrt.adapters.methods import method_of
+from peftrt.adapters.plan import Plan, quantizable, with_task_heads
 from peftrt.adapters.report import AdaptReport, make_report, model_bytes
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.source import MetaSource
@@ -29,17 +30,17 @@ from peftrt.adapters.state import (
     check_new_name,
     expect_data,
     find_state,
+    holders,
     replace_module,
     unwrap,
 )
 from peftrt.formats.nf4 import BLOCK_SIZES, FLOAT_DTYPES
 from peftrt.nn import AdapterLinear, LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
-from peftrt.nn.initialisation import parse
 
 
 def adapt(
     model: nn.Module,
-    config: LoraConfig,
+    config: AdapterConfig,
     *,
     name: str = "default",
     quantize: str | None = None,
@@ -51,26 +52,28 @@ def adapt(
     dtype: torch.dtype | None = None,
     fuse: bool = False,
 ) -> AdaptReport:
-    """Put a new LoRA adapter on a model, in place, and make it the one that is trained.
+    """Put a new adapter on a model, in place, and make it the one that is trained.
 
-    Every target becomes ``y = c * (x W^T + s (drop(x) A^T) B^T) + b`` with W frozen, in NF4 where asked; c is 1, or
-    DoRA's (``use_dora``). The new adapter is active and the only thing that requires gradients: its matrices, DoRA's
-    magnitudes, and a copy of each module of ``modules_to_save``. With a
-    ``task_type`` of classification or question answering the model's head is among those, as in HF peft. Everything is
-    checked before anything is changed; after an error the model is as it was.
+    The configuration says of which method: see :class:`peftrt.LoraConfig` and its siblings. The base is frozen, its
+    linear layers in NF4 where asked. The new adapter is active and the only thing that requires gradients: its own
+    Parameters, and a copy of each module of ``modules_to_save``. With a ``task_type`` of classification or question
+    answering the model's head is among those, as in HF peft. Everything is checked before anything is changed; after an
+    error the model is as it was.
 
     Args:
         model: any module; a Hugging Face one too. ``nn.Linear``, GPT-2's ``Conv1D`` and ``nn.Embedding`` can be
             adapted; embeddings stay dense.
-        config: what to adapt, and how. Adapters that begin with the base weight (``init_lora_weights`` "pissa",
+        config: what to adapt, and how. LoRA adapters that begin with the base weight (``init_lora_weights`` "pissa",
             "loftq") see it before it is quantised; over layers that are NF4 already, PiSSA begins with the dequantised
             weight and quantises its rest anew, which a warning says, and LoftQ is refused.
         name: of the new adapter. A second one is added to the layers that are there.
-        quantize: ``"nf4"`` or None. Weights are quantised one by one, on the device they are on, and released: there is
-            never a second copy of the model. A weight stays dense that something else uses as well (a head tied to the
-            embedding), or that a Hugging Face model wants in full precision. For a further adapter: as for the first.
+        quantize: ``"nf4"`` or None: the layers that are adapted, or, where the method acts on none itself, all linear
+            ones but the output head. Weights are quantised one by one, on the device they are on, and released:
+            there is never a second copy of the model. A weight stays dense that something else uses as well (a head
+            tied to the embedding), or that a Hugging Face model wants in full precision. For a further adapter: as for
+            the first.
         block_size, double_quant: of NF4; see :func:`peftrt.ops.nf4_quantize`.
-        adapter_dtype: of A, B and DoRA's magnitudes: fp32, bf16 or fp16.
+        adapter_dtype: of the adapter's Parameters: fp32, bf16 or fp16.
         checkpoint: for a model without data (built on the meta device, or under :func:`peftrt.empty_weights`): a
             safetensors file, its index or a directory, which is read tensor by tensor while the model is quantised.
         device: where a model without data is built.
@@ -90,9 +93,10 @@ def adapt(
     Warns:
         UserWarning: PiSSA over layers that are NF4 already.
 
-    Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
+    Source: of each method, see its configuration; QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
     """
-    model = _check_arguments(model, config, quantize, block_size, adapter_dtype)
+    model = _check_arguments(model, quantize, block_size, adapter_dtype)
+    method = method_of(config)
     state = find_state(model) or ModelAdapters()
     check_new_name(name, state.configs)
     _expect_unmerged(state)
@@ -101,18 +105,23 @@ def adapt(
         if quantize
         else {"quantize": None}
     )
-    if state.storage is not None and state.storage != storage:
+    stays = quantize is None and not method.wraps_layers
+    if state.storage is not None and state.storage != storage and not stays:
         raise ValueError(f"adapt: the model's layers were adapted with {_shown(state.storage)}, got {_shown(storage)}")
     config = with_task_heads(model, config)
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=base_model_name(model))
-    plan = make_plan(model, config, state)
-    check_initialisation(model, config, plan, quantize)
-    if fuse and quantize and parse(config.init_lora_weights).takes_weight:
-        raise ValueError(f"adapt: fuse does not go with init_lora_weights={config.init_lora_weights!r} and quantize")
+    plan = method.plan(model, config, state)
+    method.check(model, config, plan, quantize)
+    # the layers that change their form
+    layers = plan if method.wraps_layers or quantize is None else quantizable(model, config, state)
+    begin = method.before_quantising(name, config, adapter_dtype)
+    if fuse and quantize and any(begin(path) != {"r": None} for path in layers.new):
+        init = getattr(config, "init_lora_weights", None)
+        raise ValueError(f"adapt: fuse does not go with init_lora_weights={init!r} and quantize")
     bytes_before = model_bytes(model)
-    groups = siblings([path for path in plan.new if path not in plan.dense]) if fuse and quantize else []
-    wrap = partial(_wrap, model, plan, state, storage, groups, _before_quantising(name, config, adapter_dtype))
+    groups = siblings([path for path in layers.new if path not in layers.dense]) if fuse and quantize else []
+    wrap = partial(_wrap, model, layers, state, storage, groups, begin)
     attach = partial(_attach_and_train, model, state, name, config, plan, adapter_dtype)
     if checkpoint is not None:
         with MetaSource(model, checkpoint, device, dtype, storage) as source, all_or_nothing(model):
@@ -126,7 +135,7 @@ def adapt(
             attach()
     else:
         expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
-        _expect_finite(model, plan)
+        _expect_finite(model, layers)
         try:
             # Quantised weights are released one by one, so that part cannot be taken back.
             wrap(None)
@@ -139,37 +148,24 @@ def adapt(
             raise
     if fuse:
         lay_siblings_together(model)
-    return make_report(model, state, name, plan, bytes_before)
+    return make_report(model, state, name, plan, method.sites(model, state, name, plan), bytes_before)
 
 
 def attach_adapter(
     model: nn.Module,
     state: ModelAdapters,
     name: str,
-    config: LoraConfig,
+    config: AdapterConfig,
     plan: Plan,
     *,
     adapter_dtype: torch.dtype,
-    tensors: LoraState | None = None,
+    tensors: AdapterTensors | None = None,
 ) -> None:
-    """Give every layer of the plan, which must hold adapters by now, its share of a new one.
+    """Give every module of the plan its share of a new adapter; layers that hold adapters are in their form by now.
 
-    ``tensors`` is a LoraState with the values of all of it, or None for initial values.
+    ``tensors`` has the values of all of it, or is None for initial values.
     """
-    for path in plan.paths:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, AdapterLinear)
-        if name not in layer.adapter_names:  # else it was begun before the weight was quantised
-            options = adapter_options(config, path, adapter_dtype)
-            if tensors is not None or (options["init"] == "loftq" and not isinstance(layer, QLoRALinear)):
-                # a dense base loses nothing that LoftQ could make up for
-                options["init"] = True
-            layer.add_adapter(name, **options)
-        adapter = layer.adapter(name)
-        if tensors is not None:
-            with torch.no_grad():
-                for parameter, value in zip(adapter.parameters, tensors.of(path), strict=True):
-                    parameter.copy_(value)
+    method_of(config).attach(model, state, name, config, plan, adapter_dtype, tensors)
     for path in plan.saved:
         module = model.get_submodule(path)
         if not isinstance(module, SavedModule):
@@ -181,32 +177,10 @@ def attach_adapter(
     attach_state(model, state)
 
 
-def adapter_options(config: LoraConfig, path: str, adapter_dtype: torch.dtype) -> dict[str, Any]:
-    """What ``add_adapter`` is told for the module at ``path``."""
-    return {
-        "r": config.rank_for(path),
-        "lora_alpha": config.alpha_for(path),
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "init": config.init_lora_weights,
-        "loftq_config": config.loftq_config,
-        "adapter_dtype": adapter_dtype,
-    }
-
-
-def adapter_parameters(model: nn.Module, name: str, plan: Plan) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module, state: ModelAdapters, name: str) -> list[nn.Parameter]:
     """What is trained of an adapter."""
-    found: list[nn.Parameter] = []
-    for path in plan.paths:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, AdapterLinear)
-        found += layer.adapter(name).parameters
-    for path in plan.saved:
-        module = model.get_submodule(path)
-        assert isinstance(module, SavedModule)
-        found += [parameter for parameter in module.copy_of(name).parameters() if parameter.is_floating_point()]
-    return found
+    held = [holder for holder in holders(model, state).values() if name in holder.adapter_names]
+    return [parameter for holder in held for parameter in holder.adapter_parameters(name)]
 
 
 def wrap_dense(model: nn.Module, plan: Plan, state: ModelAdapters) -> None:
@@ -222,20 +196,13 @@ def _dense_layer(module: nn.Module) -> AdapterLinear:
 
 
 def _attach_and_train(
-    model: nn.Module, state: ModelAdapters, name: str, config: LoraConfig, plan: Plan, adapter_dtype: torch.dtype
+    model: nn.Module, state: ModelAdapters, name: str, config: AdapterConfig, plan: Plan, adapter_dtype: torch.dtype
 ) -> None:
     attach_adapter(model, state, name, config, plan, adapter_dtype=adapter_dtype)
-    trained = set(map(id, adapter_parameters(model, name, plan)))
+    trained = set(map(id, adapter_parameters(model, state, name)))
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     activate(model, state, {name: 1.0})
-
-
-def _before_quantising(name: str, config: LoraConfig, adapter_dtype: torch.dtype) -> Callable[[str], dict[str, Any]]:
-    """What QLoRALinear is told of the adapter at a path: nothing, unless it begins with the weight as it was."""
-    if not parse(config.init_lora_weights).takes_weight:
-        return lambda path: {"r": None}
-    return lambda path: {"adapter_name": name, **adapter_options(config, path, adapter_dtype)}
 
 
 def _wrap(
@@ -296,13 +263,9 @@ def take_over_nf4(layer: NF4Linear) -> QLoRALinear:
     return new
 
 
-def _check_arguments(
-    model: nn.Module, config: LoraConfig, quantize: str | None, block_size: int, adapter_dtype: torch.dtype
-) -> nn.Module:
+def _check_arguments(model: nn.Module, quantize: str | None, block_size: int, adapter_dtype: torch.dtype) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"adapt: config must be a peftrt.LoraConfig, got {type(config).__name__}")
     if quantize not in (None, "nf4"):
         raise ValueError(f"adapt: quantize must be 'nf4' or None, got {quantize!r}")
     if block_size not in BLOCK_SIZES:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftrt import ops
 from peftrt.adapters.state import unwrap
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import AdapterLinear, LoRAEmbedding, NF4Linear
+from peftrt.nn import AdapterLinear, HookedAdapters, LoRAEmbedding, NF4Linear
 from peftrt.ops._backend import Choice
 from peftrt.ops._define import NAMESPACE, OPS
 
@@ -32,7 +32,7 @@ class SiteChoice:
 
     Attributes:
         op: the operation: ``lora_linear``, ``nf4_linear``, ``linear`` (torch's own) for a dense base without an active
-            adapter, or ``embedding`` (torch's own), with or without.
+            adapter, ``embedding`` (torch's own), with or without, or the kind of what acts from outside.
         backend: ``native``, ``triton``, ``reference``, or ``torch``.
         reasons: backend -> why it does not serve the site.
         first: what serves an operation that has to run before: the norms that DoRA divides by.
@@ -92,7 +92,8 @@ def explain(target: nn.Module | str | Callable[..., Any], *args: Any, **kwargs: 
         if args or kwargs:
             raise TypeError("explain: a module takes no further arguments; for one call, name the operation")
         found = unwrap(target).named_modules()
-        layers = {path: module for path, module in found if isinstance(module, AdapterLinear | NF4Linear)}
+        kinds = AdapterLinear | NF4Linear | HookedAdapters
+        layers = {path: module for path, module in found if isinstance(module, kinds)}
         return Explanation({path: site_choice(layer) for path, layer in layers.items()})
     if isinstance(target, str):
         return _call_choice(target, args, kwargs)
@@ -104,6 +105,9 @@ def explain(target: nn.Module | str | Callable[..., Any], *args: Any, **kwargs: 
 
 def site_choice(layer: nn.Module) -> SiteChoice:
     """What serves one row through the layer, with the adapters that are active."""
+    if isinstance(layer, HookedAdapters):
+        call = layer.example()
+        return SiteChoice(layer.kind, "torch") if call is None else _call_choice(call[0], call[1:], {})
     assert isinstance(layer, AdapterLinear | NF4Linear)
     if isinstance(layer, LoRAEmbedding):
         # a few rows are gathered: there is nothing for a kernel of its own to save

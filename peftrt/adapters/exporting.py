@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftrt.adapters.merging import expect_changes_of_weights
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import ModelAdapters, expect_data, find_state, unwrap
 from peftrt.formats.checkpoint import INDEX_SUFFIX, SINGLE_NAME
 from peftrt.formats.errors import FormatError
 from peftrt.formats.nf4 import FLOAT_DTYPES, NF4Weight
 from peftrt.formats.stream import Promise, write_stream
-from peftrt.nn import AdapterLinear, NF4Linear
+from peftrt.nn import AdapterLinear, HookedAdapters, NF4Linear
 from peftrt.nn.adapter import as_weights
 
 _CONFIG = "config.json"
@@ -90,9 +91,11 @@ def _weights(state: ModelAdapters | None, name: str | Mapping[str, float] | None
             raise ValueError(f"export: no adapter {name!r}: the model has none")
         return {}
     if name is None:
-        return dict(state.merged if state.merged is not None else state.active)
-    weights = as_weights(name)
-    state.expect_known(weights, "export")
+        weights = dict(state.merged if state.merged is not None else state.active)
+    else:
+        weights = as_weights(name)
+        state.expect_known(weights, "export")
+    expect_changes_of_weights(state, weights, "export")
     if state.merged is not None and weights != state.merged:
         raise ValueError(f"export: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
     return weights
@@ -113,13 +116,15 @@ def _entries(model: nn.Module, weights: Mapping[str, float], dtype: torch.dtype)
 def _walk(module: nn.Module, prefix: str, weights: Mapping[str, float], dtype: torch.dtype) -> Iterator[_Entry]:
     """A module's tensors under the keys that the original model has."""
     if isinstance(module, SavedModule):
-        held = [name for name in weights if name in module.copy_names]
+        held = [name for name in weights if name in module.adapter_names]
         if len(held) > 1:
             where = prefix.rstrip(".")
             raise ValueError(
                 f"export: {where} is one of modules_to_save, of which only one adapter's copy can be exported"
             )
         yield from _walk(module.copy_of(held[0] if held else None), prefix, weights, dtype)
+        return
+    if isinstance(module, HookedAdapters):
         return
     if isinstance(module, AdapterLinear | NF4Linear):
         yield from _linear(module, prefix, weights, dtype)

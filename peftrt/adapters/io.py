@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftrt.adapters.activation import activate, detach
 from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dense
-from peftrt.adapters.configs import LoraConfig
-from peftrt.adapters.plan import is_embedding
+from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.methods import method_of
 from peftrt.adapters.reading import read_adapter, warn_of_differences
 from peftrt.adapters.state import (
     ModelAdapters,
-    adapter_layers,
     all_or_nothing,
     base_model_name,
     check_new_name,
@@ -28,7 +27,6 @@ from peftrt.adapters.state import (
 )
 from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.formats.peft_dir import join_key, write_peft_dir
-from peftrt.nn import AdapterLinear
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -54,45 +52,20 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     state = expect_state(model, "save")
     name = _the_one(state, name, "save")
     model = unwrap(model)
-    tensors: dict[str, Tensor] = {}
-    layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
-    for module_path, layer in layers.items():
-        lora_A, lora_B = _change(layer, name)
-        for part, half in zip(layer.fields[:2], (lora_A, lora_B), strict=True):
-            tensors[join_key(module_path, part)] = half
-        magnitude = layer.adapter(name).magnitude
-        if magnitude is not None:
-            tensors[join_key(module_path, "lora_magnitude_vector")] = magnitude.detach()
+    config = state.configs[name]
+    config, tensors = method_of(config).contents(model, state, name)
     for module_path, module in saved_modules(model, state).items():
-        if name in module.copy_names:
+        if name in module.adapter_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
                 tensors[join_key(module_path, "saved", leaf)] = tensor
-    config = state.configs[name]
-    if any(layer.principal_pair(name) for layer in layers.values()):
-        config = config.with_doubled_ranks()
-    if config.init_lora_weights == "loftq":
+    if getattr(config, "init_lora_weights", None) == "loftq":
         warnings.warn(
             f"save: adapter {name!r} began with LoftQ: it belongs to the NF4 base that was made with it",
             UserWarning,
             stacklevel=2,
         )
-    if config.targets_all_linear:
-        # what "all-linear" means depends on the reader's version and on the model's class: the modules are named, as by
-        # peft
-        config = replace(config, target_modules=tuple(sorted(layers)))
-    transposed = any(layer._transposed and not is_embedding(layer) for layer in layers.values())
     base = base_model_name(model) or config.base_model_name_or_path
-    config = replace(config, fan_in_fan_out=config.fan_in_fan_out or transposed, base_model_name_or_path=base)
-    write_peft_dir(path, config.to_peft_dict(), tensors)
-
-
-def _change(layer: AdapterLinear, name: str) -> tuple[Tensor, Tensor]:
-    """A and B of the change that an adapter makes to the layer's original weight."""
-    adapter, pair = layer.adapter(name), layer.principal_pair(name)
-    if pair is None:
-        return adapter.lora_A.detach(), adapter.lora_B.detach()
-    # s (B A - B0 A0): the adapter began with a part of the weight, which is no change
-    return torch.cat([adapter.lora_A.detach(), pair[0]]), torch.cat([adapter.lora_B.detach(), -pair[1]], dim=1)
+    write_peft_dir(path, dataclasses.replace(config, base_model_name_or_path=base).to_peft_dict(), tensors)
 
 
 def load(
@@ -105,7 +78,7 @@ def load(
     replace: bool = False,
     allow_nonfinite: bool = False,
     adapter_dtype: torch.dtype = torch.float32,
-) -> LoraConfig:
+) -> AdapterConfig:
     """Read an adapter that HF peft or peftrt saved, under a name, without activating it.
 
     A model without adapters gets them: its dense layers are wrapped, not quantised, and frozen. Everything is read and
@@ -121,7 +94,7 @@ def load(
         trainable: whether it requires gradients.
         replace: take the place of an adapter of that name; whether it is active stays.
         allow_nonfinite: accept NaN and infinity.
-        adapter_dtype: of A, B and DoRA's magnitudes in the model.
+        adapter_dtype: of the adapter's Parameters in the model.
 
     Returns:
         The adapter's configuration.
@@ -155,7 +128,7 @@ def load(
         if state.storage is None:
             state.storage = {"quantize": None}
         attach_adapter(model, state, name, config, plan, adapter_dtype=adapter_dtype, tensors=found.parts)
-        mine = adapter_parameters(model, name, plan)
+        mine = adapter_parameters(model, state, name)
         if first:
             model.requires_grad_(False)
         for parameter in mine:

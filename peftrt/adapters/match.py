@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from peftrt.adapters.configs import LoraConfig, pattern_key
+from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.lora_config import LoraConfig, pattern_key
 from peftrt.adapters.pattern import compile_bounded
 
 
@@ -46,7 +47,7 @@ def is_excluded(path: str, config: LoraConfig) -> bool:
     )
 
 
-def saves_module(path: str, config: LoraConfig) -> bool:
+def saves_module(path: str, config: AdapterConfig) -> bool:
     """Whether the module at ``path`` is trained and saved whole: the path ends in an entry of ``modules_to_save``."""
     return any(path.endswith(name) for name in config.modules_to_save or ())
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from peftrt.adapters.activation import activate, set_active
-from peftrt.adapters.state import adapter_layers, all_or_nothing, expect_state, unwrap
+from peftrt.adapters.methods import method_of
+from peftrt.adapters.state import ModelAdapters, adapter_layers, all_or_nothing, expect_state, unwrap
 from peftrt.nn import AdapterLinear, QLoRALinear
 from peftrt.nn.adapter import as_weights
 
@@ -39,6 +40,7 @@ def merge(model: nn.Module, names: str | Mapping[str, float] | None = None, *, f
     state.expect_known(weights, "merge")
     if not weights:
         raise ValueError("merge: no adapter is active; say which one to merge")
+    expect_changes_of_weights(state, weights, "merge")
     layers = {
         path: layer for path, layer in adapter_layers(model, state).items() if set(layer.adapter_names) & set(weights)
     }
@@ -62,6 +64,17 @@ def unmerge(model: nn.Module) -> None:
             layer.unmerge()
         state.merged = None
         activate(model, state, state.active)
+
+
+def expect_changes_of_weights(state: ModelAdapters, names: Iterable[str], where: str) -> None:
+    """Raise ValueError unless all adapters are changes of weights, which can be put into them."""
+    for name in names:
+        config = state.configs[name]
+        if not method_of(config).changes_weights:
+            raise ValueError(
+                f"{where}: adapter {name!r} ({type(config).__name__}) is no change of weights and cannot be put into "
+                "them: serve it as it is"
+            )
 
 
 def _refuse_nf4(layers: Mapping[str, AdapterLinear], weights: Mapping[str, float]) -> None:

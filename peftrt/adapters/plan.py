@@ -5,18 +5,19 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.lora_config import ALL_LINEAR, LoraConfig
 from peftrt.adapters.match import is_excluded, matches, saves_module, unmatched_patterns, unmatched_targets
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import ModelAdapters
-from peftrt.formats.errors import ConfigError, UnsupportedError
-from peftrt.nn import AdapterLinear, LoRAEmbedding, NF4Linear
+from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError
+from peftrt.nn import AdapterHolder, AdapterLinear, HookedAdapters, LoRAEmbedding, NF4Linear
 from peftrt.nn.initialisation import parse, refusal
 from peftrt.nn.lora_embedding import NO_DORA, refused_start
 from peftrt.nn.source import is_conv1d, unsuitable, unsuitable_embedding
@@ -29,6 +30,9 @@ _HEADS = {
 }
 
 
+C = TypeVar("C", bound=AdapterConfig)
+
+
 @dataclass
 class Plan:
     """The modules that an adapter touches, by path.
@@ -36,6 +40,7 @@ class Plan:
     Attributes:
         new: dense modules that get a layer with adapters in their place.
         existing: layers with adapters that get one more.
+        hosts: path -> what a method that acts from outside needs to know of the module there.
         saved: modules that get a trainable copy.
         left_out: path -> why a linear module is not adapted.
         dense: path in ``new`` -> why its weight is not to be quantised.
@@ -43,6 +48,7 @@ class Plan:
 
     new: list[str] = field(default_factory=list)
     existing: list[str] = field(default_factory=list)
+    hosts: dict[str, Any] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
@@ -53,7 +59,7 @@ class Plan:
         return [*self.new, *self.existing]
 
 
-def with_task_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+def with_task_heads(model: nn.Module, config: C) -> C:
     """``config`` with the heads of its ``task_type`` among ``modules_to_save``, as peft's model classes add them."""
     paths = [path for path, _ in model.named_modules() if path and "copy@" not in path]
     heads = [name for name in _HEADS.get(config.task_type or "", ()) if any(path.endswith(name) for path in paths)]
@@ -75,18 +81,12 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
             f"the model itself is a {type(model).__name__}, which cannot be replaced inside itself: use "
             "peftrt.LoRALinear.from_linear or peftrt.QLoRALinear.from_linear"
         )
-    plan = Plan()
+    plan = Plan(saved=plan_saved(model, config))
     head = output_head(model, config)
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if not path or (inside and path.startswith(inside)) or is_under(path, plan.saved):
+    for path, module in own_modules(model):
+        if path in plan.saved or is_under(path, plan.saved):
             continue
-        if isinstance(module, SavedModule):
-            inside = (*inside, path + ".")
-        if saves_module(path, config):
-            _check_saved(path, module, state)
-            plan.saved.append(path)
-        elif matches(path, config):
+        if matches(path, config):
             _sort_in(plan, path, module, config, state, head)
         elif is_linear(module):
             excluded = is_excluded(path, config)
@@ -96,6 +96,51 @@ def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Pla
     looked_up = dict.fromkeys(tables, "the rows of an embedding are looked up, not multiplied")
     plan.dense = _kept_precise(model, plan.new) | shared_weights(model, plan.new) | looked_up
     return plan
+
+
+def plan_saved(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """The modules that ``modules_to_save`` names.
+
+    Raises:
+        ConfigError: a name that matches nothing.
+        UnsupportedError: a module that holds quantised or adapted layers.
+    """
+    found: list[str] = []
+    for path, module in own_modules(model):
+        if saves_module(path, config) and not is_under(path, found):
+            _check_saved(path, module)
+            found.append(path)
+    for name in config.modules_to_save or ():
+        if not any(path.endswith(name) for path in found):
+            raise ConfigError(f"modules_to_save: {name!r} matches no module of the model{close_names(name, model)}")
+    return found
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below the model itself, without what adapters have put inside of them."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside):
+            continue
+        if isinstance(module, HookedAdapters | SavedModule):
+            inside = (*inside, path + ".")
+        if not isinstance(module, HookedAdapters):
+            yield path, module
+
+
+def expect_module(modules: Mapping[str, nn.Module], path: str, source: str) -> nn.Module:
+    """The module that a file names; FormatError where there is none."""
+    if path not in modules:
+        raise FormatError(f"{source}: the model has no module {path!a}: made for another base?")
+    return modules[path]
+
+
+def quantizable(model: nn.Module, config: AdapterConfig, state: ModelAdapters) -> Plan:
+    """The linear layers that ``quantize`` means where a method acts on none itself: all but the output head, and what
+    is trained whole.
+    """
+    whole, task = config.modules_to_save, config.task_type
+    return make_plan(model, LoraConfig(target_modules=ALL_LINEAR, modules_to_save=whole, task_type=task), state)
 
 
 def check_initialisation(model: nn.Module, config: LoraConfig, plan: Plan, quantize: str | None) -> None:
@@ -192,7 +237,7 @@ def cannot_adapt(module: nn.Module, state: ModelAdapters) -> str | None:
     if isinstance(module, NF4Linear):
         return None
     if isinstance(module, SavedModule):
-        return f"it is among modules_to_save of {', '.join(map(repr, module.copy_names))}"
+        return f"it is among modules_to_save of {', '.join(map(repr, module.adapter_names))}"
     if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__module__.startswith("bitsandbytes"):
         return (
             f"{type(module).__name__} is quantised by bitsandbytes already; load the model without a "
@@ -204,7 +249,7 @@ def cannot_adapt(module: nn.Module, state: ModelAdapters) -> str | None:
     return unsuitable_embedding(module) if isinstance(module, nn.Embedding) else unsuitable(module)
 
 
-def output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+def output_head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
     """The head that "all-linear" leaves out, found as peft finds it."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
@@ -247,11 +292,11 @@ def shared_weights(model: nn.Module, paths: list[str]) -> dict[str, str]:
     return shared
 
 
-def _check_saved(path: str, module: nn.Module, state: ModelAdapters) -> None:
+def _check_saved(path: str, module: nn.Module) -> None:
     if isinstance(module, SavedModule):
         return
     for inner, child in module.named_modules():
-        if isinstance(child, AdapterLinear | NF4Linear):
+        if isinstance(child, AdapterHolder | NF4Linear):
             where = f"{path}.{inner}" if inner else path
             kind = type(child).__name__
             raise UnsupportedError(f"modules_to_save: {path} cannot be trained whole: {where} is already a {kind}")
@@ -269,9 +314,6 @@ def _check_everything_matched(model: nn.Module, config: LoraConfig, plan: Plan) 
     unused = unmatched_patterns(config, plan.paths)
     if unused:
         raise ConfigError(f"{unused[0]} matches no module that is adapted; those are {_some(plan.paths)}")
-    for name in config.modules_to_save or ():
-        if not any(path.endswith(name) for path in plan.saved):
-            raise ConfigError(f"modules_to_save: {name!r} matches no module of the model{close_names(name, model)}")
 
 
 def _kept_precise(model: nn.Module, paths: list[str]) -> dict[str, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from peftrt.adapters.configs import LoraConfig
-from peftrt.adapters.explaining import SiteChoice, collapse, site_choice
+from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.explaining import SiteChoice, collapse
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.state import ModelAdapters
 from peftrt.nn import AdapterLinear, NF4Linear, QLoRALinear
@@ -21,8 +21,8 @@ class AdaptedSite:
     Attributes:
         path: in the model.
         in_features, out_features: K and N.
-        r, scaling: of the adapter.
-        storage: of the base: ``"nf4"``, or the dtype's name.
+        r, scaling: of the adapter; None where it has none.
+        storage: of the base: ``"nf4"``, or the dtype's name; empty where the adapter acts on no weight.
         note: why the base is dense although it was to be quantised; empty otherwise.
         choice: the operation and backend that serve it.
     """
@@ -30,8 +30,8 @@ class AdaptedSite:
     path: str
     in_features: int
     out_features: int
-    r: int
-    scaling: float
+    r: int | None
+    scaling: float | None
     storage: str
     note: str
     choice: SiteChoice
@@ -52,7 +52,7 @@ class AdaptReport:
     """
 
     name: str
-    config: LoraConfig
+    config: AdapterConfig
     sites: tuple[AdaptedSite, ...]
     saved: tuple[str, ...]
     left_out: dict[str, str] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class AdaptReport:
 
     def __str__(self) -> str:
         lines = [f"adapter {self.name!r}: {len(self.sites)} modules adapted"]
-        groups: dict[tuple[str, int, int, int, str, str, str], list[str]] = {}
+        groups: dict[tuple[str, int, int, int | None, str, str, str], list[str]] = {}
         for site in self.sites:
             served = f"{site.choice.op} by {site.choice.backend}"
             key = (collapse(site.path), site.in_features, site.out_features, site.r, site.storage, site.note, served)
@@ -81,7 +81,7 @@ class AdaptReport:
         rows: list[tuple[str, ...]] = [("module", "count", "shape", "rank", "base", "kernel")]
         notes = []
         for (path, k, n, r, storage, note, served), paths in groups.items():
-            rows.append((path, f"{len(paths)}x", f"{n} x {k}", str(r), storage, served))
+            rows.append((path, f"{len(paths)}x", f"{n} x {k}", "" if r is None else str(r), storage, served))
             if note:
                 notes.append(f"  dense: {path}: {note}")
         lines += table(rows)
@@ -95,30 +95,27 @@ class AdaptReport:
         return "\n".join(lines)
 
 
-def make_report(model: nn.Module, state: ModelAdapters, name: str, plan: Plan, bytes_before: int) -> AdaptReport:
+def make_report(
+    model: nn.Module, state: ModelAdapters, name: str, plan: Plan, sites: Iterable[AdaptedSite], bytes_before: int
+) -> AdaptReport:
     """Look at a model that has just been adapted."""
-    config = state.configs[name]
     order = {path: position for position, (path, _) in enumerate(model.named_modules())}
-    sites = []
-    for path in sorted(plan.paths, key=lambda path: order[path]):
-        layer = model.get_submodule(path)
-        assert isinstance(layer, AdapterLinear)
-        adapter = layer.adapter(name)
-        quantized = isinstance(layer, QLoRALinear)
-        storage = "nf4" if quantized else str(layer.weight.dtype).removeprefix("torch.")
-        note = ""
-        if state.storage is not None and state.storage["quantize"]:
-            note = plan.dense.get(path, "")
-        choice = site_choice(layer)
-        site = AdaptedSite(
-            path, layer.in_features, layer.out_features, adapter.r, adapter.scaling, storage, note, choice
-        )
-        sites.append(site)
+    ordered = tuple(sorted(sites, key=lambda site: order[site.path]))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return AdaptReport(
-        name, config, tuple(sites), tuple(plan.saved), dict(plan.left_out), trainable, count(model), bytes_before,
-        model_bytes(model),
+        name, state.configs[name], ordered, tuple(plan.saved), dict(plan.left_out), trainable, count(model),
+        bytes_before, model_bytes(model),
     )  # fmt: skip
+
+
+def storage_of(layer: AdapterLinear) -> str:
+    """How a layer's base weight is stored, in a word."""
+    return "nf4" if isinstance(layer, QLoRALinear) else str(layer.weight.dtype).removeprefix("torch.")
+
+
+def dense_note(plan: Plan, state: ModelAdapters, path: str) -> str:
+    """Why a layer's weight is dense although weights are to be quantised; empty otherwise."""
+    return plan.dense.get(path, "") if state.storage is not None and state.storage["quantize"] else ""
 
 
 def count(model: nn.Module) -> int:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.formats.nf4 import FLOAT_DTYPES
+from peftrt.nn.adapter import as_weights
+from peftrt.nn.holder import AdapterHolder
+from peftrt.nn.hooked import entries_of
 from peftrt.nn.routing import AdapterSet, Routing, current
 
 _BASE = "base"
 _COPY = "copy@"
 
 
-class SavedModule(nn.Module):
+class SavedModule(AdapterHolder):
     """A module and its trainable copies, one an adapter; forward runs the active adapter's, or the module itself.
 
     The module keeps its keys in a state dict; the copy of the adapter "fr" is under ``copy@fr``. Under a routing
@@ -54,14 +57,18 @@ class SavedModule(nn.Module):
         self.add_module(_COPY + name, module)
         return module
 
-    def remove_copy(self, name: str) -> None:
+    def remove_adapter(self, name: str) -> None:
         """Forget an adapter's copy."""
         del self._modules[_COPY + name]
         if self._chosen == name:
             self._chosen = None
 
+    def adapter_parameters(self, name: str) -> tuple[nn.Parameter, ...]:
+        """What is trained of an adapter's copy."""
+        return tuple(parameter for parameter in self.copy_of(name).parameters() if parameter.is_floating_point())
+
     @property
-    def copy_names(self) -> tuple[str, ...]:
+    def adapter_names(self) -> tuple[str, ...]:
         """Adapters that have a copy."""
         return tuple(name.removeprefix(_COPY) for name in self._modules if name.startswith(_COPY))
 
@@ -69,10 +76,16 @@ class SavedModule(nn.Module):
         """The copy of an adapter; the module itself for None and for adapters without one."""
         return self._modules.get(f"{_COPY}{name}") or self.base
 
-    def choose(self, names: Mapping[str, float]) -> None:
-        """Let forward run the copy of the adapter among ``names`` that has one."""
-        held = [name for name in names if name in self.copy_names]
-        self._chosen = held[0] if held else None
+    def set_active(self, names: str | Mapping[str, float] | None) -> None:
+        """Let forward run an adapter's copy, or the module itself."""
+        self._chosen = next(iter(as_weights(names)), None)
+
+    def why_inactive(self, weights: Mapping[str, float]) -> str | None:
+        """Why copies cannot act with these weights together; None where they can."""
+        if len(weights) > 1 or any(weight != 1.0 for weight in weights.values()):
+            shown = ", ".join(f"{name!r}: {weight}" for name, weight in weights.items())
+            return f"of one of modules_to_save only one adapter's copy can be active, with weight 1; got {{{shown}}}"
+        return None
 
     @property
     def chosen(self) -> nn.Module:
@@ -84,7 +97,7 @@ class SavedModule(nn.Module):
         routing = current(self.owner)
         if routing is None:
             return self.chosen(*args, **kwargs)
-        held = [name if name in self.copy_names else None for name in routing.names]
+        held = [name if name in self.adapter_names else None for name in routing.names]
         if len(set(held)) == 1:
             return self.copy_of(held[0])(*args, **kwargs)
         return self._by_entry(routing, held, args, kwargs)
@@ -103,8 +116,7 @@ class SavedModule(nn.Module):
             return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else value
 
         order, parts = [], []
-        for name in dict.fromkeys(held):
-            index = torch.tensor([i for i, other in enumerate(held) if other == name], device=first.device)
+        for name, index in entries_of(held, first.device):
             part = self.copy_of(name)(
                 *(entries(arg, index) for arg in args), **{key: entries(arg, index) for key, arg in kwargs.items()}
             )

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.saved import SavedModule
 from peftrt.formats.errors import AdapterNameError
 from peftrt.formats.names import check_adapter_name
-from peftrt.nn import AdapterLinear, AdapterSet
+from peftrt.nn import AdapterHolder, AdapterLinear, AdapterSet
 
 _ATTRIBUTE = "_peftrt_adapters"
 
@@ -22,14 +22,14 @@ class ModelAdapters(AdapterSet):
     """The adapters of one model; every layer that holds a part of one has it as its ``owner``.
 
     Attributes:
-        configs: name -> LoraConfig, in the order in which the adapters came.
+        configs: name -> configuration, in the order in which the adapters came.
         storage: how the base of adapted layers is stored: ``quantize``, ``block_size``, ``double_quant``; None where no
             layer has been adapted yet.
         active: the active adapters and their weights.
         merged: those that are merged into the base; None where nothing is.
     """
 
-    configs: dict[str, LoraConfig]
+    configs: dict[str, AdapterConfig]
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,6 +90,12 @@ def expect_state(model: nn.Module, where: str) -> ModelAdapters:
 def attach_state(model: nn.Module, state: ModelAdapters) -> None:
     """Put the adapters' record on the model, where ``deepcopy`` and ``pickle`` take it along."""
     setattr(model, _ATTRIBUTE, state)
+
+
+def holders(model: nn.Module, state: ModelAdapters) -> dict[str, AdapterHolder]:
+    """Path -> module, for everything that holds a share of the adapters of ``state``."""
+    found = unwrap(model).named_modules()
+    return {path: module for path, module in found if isinstance(module, AdapterHolder) and module.owner is state}
 
 
 def adapter_layers(model: nn.Module, state: ModelAdapters) -> dict[str, AdapterLinear]:

@@ -2,6 +2,8 @@
 
 from peftrt.nn.adapter import Adapter
 from peftrt.nn.adapter_linear import AdapterLinear
+from peftrt.nn.holder import AdapterHolder
+from peftrt.nn.hooked import HookedAdapters
 from peftrt.nn.lora_embedding import LoRAEmbedding
 from peftrt.nn.lora_linear import LoRALinear, QLoRALinear
 from peftrt.nn.nf4_linear import NF4Linear
@@ -9,8 +11,10 @@ from peftrt.nn.routing import AdapterSet, Routing, routed
 
 __all__ = [
     "Adapter",
+    "AdapterHolder",
     "AdapterLinear",
     "AdapterSet",
+    "HookedAdapters",
     "LoRAEmbedding",
     "LoRALinear",
     "NF4Linear",

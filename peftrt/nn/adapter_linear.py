@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import initialisation
 from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, as_weights, check_new, parameter_name, scaling_of
+from peftrt.nn.holder import AdapterHolder
 from peftrt.nn.principal import PrincipalParts, Term, in_one
 from peftrt.nn.remembered import Remembered
 from peftrt.nn.routing import AdapterSet, current
@@ -30,7 +31,7 @@ class _Settings:
     use_rslora: bool
 
 
-class AdapterLinear(PrincipalParts):
+class AdapterLinear(PrincipalParts, AdapterHolder):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
     The sum goes over the active adapters with their weights. A DoRA adapter, active alone, gives ``y = c * (x W^T + s
@@ -51,7 +52,6 @@ class AdapterLinear(PrincipalParts):
     out_features: int
     weight: Tensor
     bias: Tensor | None
-    owner: AdapterSet
     # the layers that are multiplied in one call with this one
     fused: Fused | None = None
 
@@ -172,6 +172,10 @@ class AdapterLinear(PrincipalParts):
         values = settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora
         return Adapter(lora_A, lora_B, *values, magnitude)
 
+    def adapter_parameters(self, name: str) -> tuple[nn.Parameter, ...]:
+        """What is trained of an adapter: A, B, and DoRA's magnitude."""
+        return self.adapter(name).parameters
+
     def set_active(self, names: str | Mapping[str, float] | None) -> None:
         """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. ``requires_grad`` stays.
 
@@ -223,14 +227,25 @@ class AdapterLinear(PrincipalParts):
         if name not in self._settings:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._settings)}")
 
-    def _dora_among(self, weights: Mapping[str, float]) -> Adapter | None:
-        """The one DoRA adapter that is asked for; None where none is, an error where it is not alone."""
-        names = [name for name in weights if parameter_name("lora_magnitude", name) in self._parameters]
+    def why_inactive(self, weights: Mapping[str, float]) -> str | None:
+        """Why adapters cannot act with these weights together; None where they can."""
+        names = self._of_dora(weights)
         if names and (len(weights) > 1 or weights[names[0]] != 1.0):
-            raise ValueError(
+            return (
                 f"{', '.join(map(repr, names))} of DoRA (use_dora) cannot be summed: a magnitude multiplies the base's "
                 f"share too. Such an adapter is used alone, with weight 1; got {dict(weights)}"
             )
+        return None
+
+    def _of_dora(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if parameter_name("lora_magnitude", name) in self._parameters]
+
+    def _dora_among(self, weights: Mapping[str, float]) -> Adapter | None:
+        """The one DoRA adapter that is asked for; None where none is, an error where it is not alone."""
+        reason = self.why_inactive(weights)
+        if reason is not None:
+            raise ValueError(reason)
+        names = self._of_dora(weights)
         return self.adapter(names[0]) if names else None
 
     def train(self, mode: bool = True) -> Self:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from peftrt import ops
-from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState
-from peftrt.adapters.reading import parse_adapter, read_adapter, warn_of_differences
+from peftrt.adapters.method import AdapterTensors
+from peftrt.adapters.methods.lora import Lora
+from peftrt.adapters.reading import read_adapter, warn_of_differences
 from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import UnsupportedError
 from peftrt.formats.peft_dir import read_peft_dir
@@ -95,11 +98,12 @@ class Reader:
         """
         options: dict[str, Any] = {"subfolder": subfolder, "root": self._root, "allow_nonfinite": allow_nonfinite}
         found = read_adapter(self._model, self._state, path, name, **options)
-        self._expect_sites(found.config, found.parts, found.directory)
+        config, parts = _of_lora(found.config, found.parts, found.directory)
+        self._expect_sites(config, parts, found.directory)
         warn_of_differences(self._model, found, stacklevel=4)
-        packed = self._pack(found.config, found.parts, found.directory)
+        packed = self._pack(config, parts, found.directory)
         directory = os.path.abspath(found.directory)
-        return found.config, Origin(directory, digest(found.values, found.tensors), allow_nonfinite), packed
+        return config, Origin(directory, digest(found.values, found.tensors), allow_nonfinite), packed
 
     def read_again(self, name: str, origin: Origin) -> Tensor:
         """The image of an adapter that was read before.
@@ -116,7 +120,7 @@ class Reader:
                 f"adapter {name!a}: the files in {directory} are not those that were loaded; load it again with "
                 "replace=True to serve them"
             )
-        return self._pack(*parse_adapter(directory, values, tensors), directory).image
+        return self._pack(*Lora().parse(values, tensors, directory), directory).image
 
     def _expect_sites(self, config: LoraConfig, parts: LoraState, source: str) -> None:
         """Refuse what a pool's tables have no room for."""
@@ -162,6 +166,12 @@ class Reader:
         A, B = (half.to(self._dtype).to(device) for half in (lora_A, lora_B))
         y_scale = ops.dora_scale(site.layer.base_weight(), A, B, scaling, magnitude.float().to(device))
         return Part(lora_A, lora_B, scaling, y_scale.float().cpu())
+
+
+def _of_lora(config: AdapterConfig, parts: AdapterTensors, source: str) -> tuple[LoraConfig, LoraState]:
+    if not isinstance(config, LoraConfig) or not isinstance(parts, LoraState):
+        raise UnsupportedError(f"{source}: a pool serves LoRA, got peft_type {config.peft_type!a}: use peftrt.load")
+    return config, parts
 
 
 def digest(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:

@@ -282,7 +282,7 @@ class TestSecondAdapter:
                 for parameter in model.classifier.chosen.parameters():
                     parameter.add_(torch.randn_like(parameter))
             heads[name] = logits(model)
-        assert model.classifier.copy_names == ("fr", "de")
+        assert model.classifier.adapter_names == ("fr", "de")
         assert not model.classifier.base.weight.requires_grad
         assert not torch.equal(heads["fr"], heads["de"])
         for name, expected in heads.items():

@@ -6,30 +6,37 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
+from peftrt.adapters.config import (
+    FP32_MAX,
+    PLAIN_NAME,
+    AdapterConfig,
+    check_count,
+    check_names,
+    check_number,
+    check_switch,
+)
 from peftrt.adapters.pattern import compile_bounded
-from peftrt.adapters.peft_fields import read_fields
+from peftrt.adapters.peft_fields import NEUTRAL_LORA, read_fields, shown
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import initialisation
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536
 MAX_LAYER = 1 << 20
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-_MAX_LIST = 65536
 _MAX_PATTERNS = 16384
 _MAX_EXPRESSIONS = 256
-_FP32_MAX = 3.4028234663852886e38
 
-# A pattern of these alone means the same to ``re`` and to the comparison below, '.' standing for any character.
-_PLAIN = re.compile(r"[\w.\-]+")
+# Ways to draw the initial A and B that leave the base as it is: the tensors of a file replace what they drew.
+_INIT_WITHOUT_EFFECT = ("eva", "mica")
+
 _PLAIN_LAYER = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(AdapterConfig):
     """What to adapt with LoRA, and how: y = x W^T + scaling * (x A^T) B^T with scaling = lora_alpha / r.
 
     The fields are HF peft's. Lists may be given as any sequence or set of ``str``; they are kept as tuples.
@@ -75,22 +82,20 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    inference_mode: bool = False
+
+    peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _rank("r", self.r)
-        _number("lora_alpha", self.lora_alpha)
+        check_number("lora_alpha", self.lora_alpha)
         self._check_targets()
         self._check_switches()
         self._check_patterns()
         self._check_layers()
         for path, rank, alpha in self._scalings():
-            if not abs(_scaling(rank, alpha, self.use_rslora)) <= _FP32_MAX:
+            if not abs(_scaling(rank, alpha, self.use_rslora)) <= FP32_MAX:
                 raise ConfigError(
                     f"lora_alpha{path} = {alpha} at rank {rank}: the scaling is beyond the range of float32"
                 )
@@ -127,9 +132,8 @@ class LoraConfig:
 
     def to_peft_dict(self, *, inference_mode: bool = True) -> dict[str, Any]:
         """The contents of peft's ``adapter_config.json``; what peft saves is marked for inference."""
-        fields = {name: _json_value(getattr(self, name)) for name in self.__dataclass_fields__}
-        # Named although they are peft's defaults: programs that are not peft look for them.
-        return {**fields, "peft_type": "LORA", "inference_mode": inference_mode, "lora_bias": False}
+        # Named although it is peft's default: programs that are not peft look for it.
+        return {**super().to_peft_dict(inference_mode=inference_mode), "lora_bias": False}
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
@@ -143,7 +147,23 @@ class LoraConfig:
             ConfigError: ``peft_type``, ``r`` or ``target_modules`` is missing, or a field is bad.
             UnsupportedError: another ``peft_type``, or a field that would change the result and is not supported.
         """
-        fields = read_fields(values, source, known=frozenset(cls.__dataclass_fields__))
+        kind, known, required = cls.peft_type, cls.field_names(), ("r", "target_modules")
+        fields = read_fields(values, source, kind=kind, known=known, required=required, neutral=NEUTRAL_LORA)
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+            # Older versions of peft wrote null for "none".
+            if name in fields and fields[name] is None:
+                fields[name] = {}
+        if fields.get("use_dora", False) is None:
+            fields["use_dora"] = False
+        init = fields.get("init_lora_weights")
+        if init in _INIT_WITHOUT_EFFECT:
+            fields["init_lora_weights"] = True
+        if isinstance(init, str) and init.startswith("pissa"):
+            raise UnsupportedError(
+                f"{source}: init_lora_weights {shown(init)} is not supported in a file: its tensors belong to the base "
+                "without its principal part; have peft convert them (save_pretrained with "
+                "path_initial_model_for_weight_conversion), or save them with peftrt.save, which always does"
+            )
         try:
             return cls(**fields)
         except ConfigError as error:
@@ -160,21 +180,14 @@ class LoraConfig:
                 if name == "exclude_modules" or not self.targets_all_linear:
                     compile_bounded(value, name)
             elif value is not None:
-                self._keep(name, _names(name, value))
+                self._keep(name, check_names(name, value))
         if not self.target_modules:
             raise ConfigError("target_modules: must not be empty")
-        if self.modules_to_save is not None:
-            names = _names("modules_to_save", self.modules_to_save)
-            for entry in names:
-                if not _PLAIN.fullmatch(entry):
-                    raise ConfigError(f"modules_to_save: expected names of modules, got {entry!a}")
-            self._keep("modules_to_save", names or None)
 
     def _check_switches(self) -> None:
-        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"):
-            if type(getattr(self, name)) is not bool:
-                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!a}")
-        _number("lora_dropout", self.lora_dropout)
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora"):
+            check_switch(name, getattr(self, name))
+        check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout}")
         if self.bias in ("all", "lora_only"):
@@ -182,12 +195,6 @@ class LoraConfig:
         if self.bias != "none":
             raise ConfigError(f"bias: expected 'none', got {self.bias!a}")
         self._check_initialisation()
-        for name in ("task_type", "base_model_name_or_path", "revision"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ConfigError(f"{name}: expected a string, got {value!a}")
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {self.task_type!a}")
 
     def _check_initialisation(self) -> None:
         init, loftq = self.init_lora_weights, self.loftq_config
@@ -210,7 +217,7 @@ class LoraConfig:
             self._keep("loftq_config", {**initialisation.LOFTQ_DEFAULTS, **loftq})
 
     def _check_patterns(self) -> None:
-        for name, check in (("rank_pattern", _rank), ("alpha_pattern", _number)):
+        for name, check in (("rank_pattern", _rank), ("alpha_pattern", check_number)):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name}: expected a map from regular expressions to numbers, got {value!a}")
@@ -221,7 +228,7 @@ class LoraConfig:
                 if not isinstance(key, str) or not key:
                     raise ConfigError(f"{name}: keys must be strings that are not empty, got {key!a}")
                 check(f"{name}[{key!a}]", number)
-                if not _PLAIN.fullmatch(key):
+                if not PLAIN_NAME.fullmatch(key):
                     expressions += 1
                     compile_bounded(_path_end(key), name)
             if expressions > _MAX_EXPRESSIONS:
@@ -242,7 +249,7 @@ class LoraConfig:
                     raise ConfigError(f"layers_to_transform: expected integers in [0, {MAX_LAYER}), got {index!a}")
             self._keep("layers_to_transform", layers if isinstance(layers, int) else tuple(sorted(indices)))
         if pattern is not None:
-            names = (pattern,) if isinstance(pattern, str) else _names("layers_pattern", pattern)
+            names = (pattern,) if isinstance(pattern, str) else check_names("layers_pattern", pattern)
             for entry in names:
                 if entry and not _PLAIN_LAYER.fullmatch(entry):
                     raise ConfigError(f"layers_pattern: expected names such as 'layers' or 'h', got {entry!a}")
@@ -255,14 +262,11 @@ class LoraConfig:
         alphas = [("", self.lora_alpha), *((f" of {key!a}", alpha) for key, alpha in self.alpha_pattern.items())]
         return [(path, min(ranks), alpha) for path, alpha in alphas]
 
-    def _keep(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
 
 def pattern_key(patterns: Mapping[str, Any], path: str, source: str) -> str | None:
     """The first key of a pattern that matches the end of ``path``, as peft: ``(.*\\.)?(key)$``."""
     for key in patterns:
-        if _PLAIN.fullmatch(key):
+        if PLAIN_NAME.fullmatch(key):
             if _ends_in(path, key):
                 return key
         elif compile_bounded(_path_end(key), source).match(path):
@@ -288,28 +292,4 @@ def _scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def _rank(name: str, value: Any) -> None:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise ConfigError(f"{name}: expected an integer from 1 to {MAX_RANK}, got {value!a}")
-
-
-def _number(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not abs(value) <= _FP32_MAX:
-        raise ConfigError(f"{name}: expected a finite number, got {value!a}")
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
-        raise ConfigError(f"{name}: expected a list of names, got {value!a}")
-    for entry in value:
-        if not isinstance(entry, str) or not entry:
-            raise ConfigError(f"{name}: expected names that are not empty, got {entry!a}")
-    if len(value) > _MAX_LIST:
-        raise ConfigError(f"{name}: {len(value)} entries, at most {_MAX_LIST} are accepted")
-    # A set has no order of its own; sorted, what is saved does not depend on the run.
-    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    check_count(name, value, MAX_RANK)

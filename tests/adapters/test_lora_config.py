@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from peftrt.adapters import peft_fields
-from peftrt.adapters.configs import LoraConfig
+from peftrt.adapters.lora_config import LoraConfig
 from peftrt.formats.errors import ConfigError, UnsupportedError
 
 MINIMUM = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q"]}
@@ -100,12 +100,12 @@ def test_every_field_of_peft_is_known() -> None:
 
     names = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     ours = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert names == ours | set(peft_fields.NEUTRAL) | (peft_fields.WITHOUT_EFFECT & names)
+    assert names == ours | set(peft_fields.NEUTRAL_LORA) | (peft_fields.WITHOUT_EFFECT & names)
     assert ours <= names
-    assert not ours & (set(peft_fields.NEUTRAL) | peft_fields.WITHOUT_EFFECT)
+    assert not ours & (set(peft_fields.NEUTRAL_LORA) | peft_fields.WITHOUT_EFFECT)
     for name, value in peft_defaults().items():
-        if name in peft_fields.NEUTRAL:
-            assert value in peft_fields.NEUTRAL[name], name
+        if name in peft_fields.NEUTRAL_LORA:
+            assert value in peft_fields.NEUTRAL_LORA[name], name
 
 
 def test_a_default_peft_configuration_is_read() -> None:
@@ -137,7 +137,7 @@ CHANGES_THE_RESULT: dict[str, Any] = {
 
 
 def test_list_of_what_changes_the_result_is_whole() -> None:
-    assert set(peft_fields.NEUTRAL) <= set(CHANGES_THE_RESULT)
+    assert set(peft_fields.NEUTRAL_LORA) <= set(CHANGES_THE_RESULT)
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES_THE_RESULT))

@@ -1,0 +1,36 @@
+"""The ways of adapting a model, each in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.method import Method
+from peftrt.adapters.methods.lora import Lora
+from peftrt.adapters.peft_fields import expect_kind
+
+METHODS: tuple[Method[Any, Any], ...] = (Lora(),)
+
+
+def method_of(config: AdapterConfig) -> Method[Any, Any]:
+    """The method that a configuration is of.
+
+    Raises:
+        TypeError: it is of none.
+    """
+    for method in METHODS:
+        if type(config) is method.config_type:
+            return method
+    known = ", ".join(f"peftrt.{method.config_type.__name__}" for method in METHODS)
+    raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
+
+
+def method_of_file(values: Mapping[str, Any], source: str) -> Method[Any, Any]:
+    """The method that an ``adapter_config.json`` is of.
+
+    Raises:
+        ConfigError, UnsupportedError: ``peft_type`` is missing or of none.
+    """
+    by_type = {method.config_type.peft_type: method for method in METHODS}
+    return by_type[expect_kind(values, source, by_type)]
