@@ -4,6 +4,7 @@ from peftrt.ops._adamw_step import adamw_step
 from peftrt.ops._adapter_table import AdapterTable, SlotAdapter
 from peftrt.ops._addresses import CHUNK, DTYPE_CODES, Gradients
 from peftrt.ops._backend import BackendError, backend
+from peftrt.ops._bottleneck import bottleneck
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._dropout import dropout
 from peftrt.ops._gradient_norm import gradient_norm
@@ -27,6 +28,7 @@ __all__ = [
     "adamw_step",
     "backend",
     "batch_invariant",
+    "bottleneck",
     "dora_scale",
     "dropout",
     "gradient_norm",
