@@ -10,6 +10,7 @@ if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
 from peftrt import nn, ops, optim, serving
 from peftrt.adapters import (
     AdaptReport,
+    BottleneckConfig,
     LoraConfig,
     active_adapters,
     adapt,
@@ -27,13 +28,15 @@ from peftrt.adapters import (
     unmerge,
 )
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import Bottleneck, LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend, batch_invariant, release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptReport",
     "BackendError",
+    "Bottleneck",
+    "BottleneckConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",

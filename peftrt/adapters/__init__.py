@@ -2,6 +2,7 @@
 
 from peftrt.adapters.activation import active_adapters, adapter_names, remove, rows, set_active
 from peftrt.adapters.attach import adapt
+from peftrt.adapters.bottleneck_config import BottleneckConfig
 from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
 from peftrt.adapters.fusing import fuse
@@ -14,6 +15,7 @@ from peftrt.adapters.source import empty_weights
 __all__ = [
     "AdaptReport",
     "AdaptedSite",
+    "BottleneckConfig",
     "Explanation",
     "LoraConfig",
     "SiteChoice",

@@ -81,15 +81,22 @@ def split_key(key: str, modules_to_save: Sequence[str] = ()) -> PeftKey:
         path, _, leaf = rest.rpartition(_BASE)
         if path and leaf and "." not in leaf:
             return PeftKey(path, "base", leaf)
-        segments = rest.split(".")
-        for count in range(1, len(segments)):
-            path = ".".join(segments[:count])
-            if any(path.endswith(name) for name in modules_to_save):
-                return PeftKey(path, "saved", ".".join(segments[count:]))
+        if (found := split_saved_key(key, modules_to_save)) is not None:
+            return found
     raise FormatError(
         f"key {key!a} is not supported: expected {KEY_PREFIX}<module> followed by {', '.join(_SUFFIXES)}, or a "
         f"parameter of modules_to_save ({', '.join(modules_to_save) or 'none'})"
     )
+
+
+def split_saved_key(key: str, modules_to_save: Sequence[str]) -> PeftKey | None:
+    """Take the key of a parameter of ``modules_to_save`` apart; None for another key."""
+    segments = key.removeprefix(KEY_PREFIX).split(".")
+    for count in range(1, len(segments) if key.startswith(KEY_PREFIX) else 0):
+        path = ".".join(segments[:count])
+        if any(path.endswith(name) for name in modules_to_save):
+            return PeftKey(path, "saved", ".".join(segments[count:]))
+    return None
 
 
 def join_key(path: str, part: str, leaf: str = "") -> str:

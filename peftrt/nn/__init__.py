@@ -2,6 +2,7 @@
 
 from peftrt.nn.adapter import Adapter
 from peftrt.nn.adapter_linear import AdapterLinear
+from peftrt.nn.bottleneck import Bottleneck
 from peftrt.nn.holder import AdapterHolder
 from peftrt.nn.hooked import HookedAdapters
 from peftrt.nn.lora_embedding import LoRAEmbedding
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterHolder",
     "AdapterLinear",
     "AdapterSet",
+    "Bottleneck",
     "HookedAdapters",
     "LoRAEmbedding",
     "LoRALinear",

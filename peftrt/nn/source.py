@@ -112,7 +112,8 @@ def make_dense(origin: type[nn.Module], weight: Tensor, bias: Tensor | None, tra
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the hooks and the training flag of the module whose place it takes."""
+    """Give ``new`` the hooks, the children and the training flag of the module whose place it takes."""
+    new._modules.update(old._modules)  # what acts on the module from outside: a linear layer has none of its own
     for name in _HOOKS:
         getattr(new, name).update(getattr(old, name))
     new.train(old.training)

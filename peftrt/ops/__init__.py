@@ -17,8 +17,12 @@ from peftrt.ops._nf4_linear import nf4_linear
 from peftrt.ops._nf4_quantize import nf4_quantize
 from peftrt.ops._row_scale_gradient import row_scale_gradient
 from peftrt.ops._scratch import release_scratch
+from peftrt.reference.bottleneck import ACTIVATIONS
+
+BOTTLENECK_ACTIVATIONS = tuple(ACTIVATIONS)
 
 __all__ = [
+    "BOTTLENECK_ACTIVATIONS",
     "CHUNK",
     "DTYPE_CODES",
     "AdapterTable",
