@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftrt.nn import AdapterHolder
 
@@ -17,7 +17,7 @@ class SubLayer(NamedTuple):
 
     Attributes:
         block: path of the block.
-        index: of the block among its siblings.
+        number: of the block among its siblings.
         role: "attention", "feed_forward" or "cross_attention".
         output: path of the module whose output is h, dropout included.
         residual: path of the module that is called with x before.
@@ -26,7 +26,7 @@ class SubLayer(NamedTuple):
     """
 
     block: str
-    index: int
+    number: int
     role: str
     output: str
     residual: str
@@ -124,10 +124,10 @@ def _made(path: str, number: int, block: nn.Module, shape: _Shape) -> SubLayer:
     def whole(part: str) -> str:
         return f"{path}.{part}" if path else part
 
-    width = block.get_submodule(shape.sized_by).weight.shape[0]
-    assert isinstance(width, int)
+    weight = block.get_submodule(shape.sized_by).weight
+    assert isinstance(weight, Tensor)
     norm = None if shape.norm is None else whole(shape.norm)
-    return SubLayer(path, number, shape.role, whole(shape.output), whole(shape.residual), norm, width)
+    return SubLayer(path, number, shape.role, whole(shape.output), whole(shape.residual), norm, weight.shape[0])
 
 
 def _has(module: nn.Module, path: str) -> bool:

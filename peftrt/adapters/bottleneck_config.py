@@ -125,7 +125,7 @@ class BottleneckConfig(AdapterConfig):
             raise type(error)(f"{source}: {error}") from None
 
     def _check_places(self) -> None:
-        left_out = self.leave_out
+        left_out: Any = self.leave_out
         if isinstance(left_out, str) or not isinstance(left_out, Sequence | set | frozenset):
             raise ConfigError(f"leave_out: expected a list of indices of blocks, got {left_out!a}")
         for index in left_out:

@@ -88,7 +88,7 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
         """As of :class:`Method`."""
         for path, host in plan.hosts.items():
             size = bottleneck_size(host.width, config.width_over_bottleneck)
-            options = {"activation": config.activation, "scaling": config.scaling, "init": config.init}
+            options: dict[str, Any] = {"activation": config.activation, "scaling": config.scaling, "init": config.init}
             device = _device_of(model, path)
             adapter = Bottleneck(host.width, size, **options, device=device, dtype=adapter_dtype)
             if tensors is not None:
@@ -143,9 +143,7 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
         for path in tensors.bottlenecks:
             expect_module(modules, path, source)
             if path not in hosts:
-                raise FormatError(
-                    f"{source}: module {path!a} has tensors, but the configuration has no bottleneck there"
-                )
+                raise FormatError(f"{source}: module {path!a} has tensors, but the configuration names no such place")
         for path, host in hosts.items():
             if path not in tensors.bottlenecks:
                 raise FormatError(f"{source}: no tensors for {path!a}: made for another base?")
@@ -196,8 +194,8 @@ def _blocks(model: nn.Module, config: BottleneckConfig) -> dict[str, Host]:
             f"{config.placement}: no blocks like Llama's, GPT-2's, BERT's, DistilBERT's, T5's or "
             "nn.TransformerEncoderLayer's are in the model; name the modules with target_modules"
         )
-    wanted = [layer for layer in layers if layer.role in config.roles and layer.index not in config.leave_out]
-    indices = {layer.index for layer in layers}
+    wanted = [layer for layer in layers if layer.role in config.roles and layer.number not in config.leave_out]
+    indices = {layer.number for layer in layers}
     if strange := [index for index in config.leave_out if index not in indices]:
         raise ConfigError(f"leave_out: no block has the index {strange[0]}; there are {_shown(sorted(indices))}")
     matcher = _matcher(config)
@@ -217,10 +215,8 @@ def _named(model: nn.Module, config: BottleneckConfig) -> dict[str, Host]:
             matched.append(path)
             residual = path if config.source == FROM_RESIDUAL else None
             found[_end(path, module)] = Host(_width(path, module), residual, None)
-    if missing := unmatched_targets(matcher, matched):
-        raise ConfigError(
-            f"target_modules: {missing[0]!r} matches no module of the model{close_names(missing[0], model)}"
-        )
+    for name in unmatched_targets(matcher, matched):
+        raise ConfigError(f"target_modules: {name!r} matches no module of the model{close_names(name, model)}")
     return found
 
 
