@@ -3,9 +3,11 @@
 from peftrt.adapters.activation import active_adapters, adapter_names, remove, rows, set_active
 from peftrt.adapters.attach import adapt
 from peftrt.adapters.bottleneck_config import BottleneckConfig
+from peftrt.adapters.combining import add_weighted_adapter
 from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
 from peftrt.adapters.fusing import fuse
+from peftrt.adapters.hotswapping import hotswap
 from peftrt.adapters.io import load, save
 from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.merging import merge, unmerge
@@ -22,10 +24,12 @@ __all__ = [
     "active_adapters",
     "adapt",
     "adapter_names",
+    "add_weighted_adapter",
     "empty_weights",
     "explain",
     "export",
     "fuse",
+    "hotswap",
     "load",
     "merge",
     "remove",

@@ -51,10 +51,8 @@ def set_active(model: nn.Module, names: str | Mapping[str, float] | None) -> Non
     state = expect_state(model, "set_active")
     weights = as_weights(names)
     state.expect_known(weights, "set_active")
-    if state.merged is not None and weights != state.active:
-        raise ValueError(
-            f"set_active: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first"
-        )
+    if weights != state.active:
+        state.expect_unmerged("set_active")
     for path, holder in holders(model, state).items():
         reason = holder.why_inactive(_held(holder, weights))
         if reason is not None:
@@ -95,8 +93,7 @@ def rows(model: nn.Module, names: Sequence[str | None], expand: int = 1) -> Iter
     state = expect_state(model, "rows")
     check_rows("rows", names, expand)
     state.expect_known(names, "rows")
-    if state.merged is not None:
-        raise ValueError(f"rows: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
+    state.expect_unmerged("rows")
     with routed(state, names, expand):
         yield
 

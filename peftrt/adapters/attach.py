@@ -99,7 +99,7 @@ def adapt(
     method = method_of(config)
     state = find_state(model) or ModelAdapters()
     check_new_name(name, state.configs)
-    _expect_unmerged(state)
+    state.expect_unmerged("adapt")
     storage = (
         {"quantize": quantize, "block_size": block_size, "double_quant": double_quant}
         if quantize
@@ -273,11 +273,6 @@ def _check_arguments(model: nn.Module, quantize: str | None, block_size: int, ad
     if adapter_dtype not in FLOAT_DTYPES:
         raise TypeError(f"adapt: adapter_dtype must be fp32, bf16 or fp16, got {adapter_dtype!r}")
     return unwrap(model)
-
-
-def _expect_unmerged(state: ModelAdapters) -> None:
-    if state.merged is not None:
-        raise ValueError(f"adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
 
 
 def _expect_finite(model: nn.Module, plan: Plan) -> None:

@@ -96,8 +96,8 @@ def _weights(state: ModelAdapters | None, name: str | Mapping[str, float] | None
         weights = as_weights(name)
         state.expect_known(weights, "export")
     expect_changes_of_weights(state, weights, "export")
-    if state.merged is not None and weights != state.merged:
-        raise ValueError(f"export: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
+    if weights != state.merged:
+        state.expect_unmerged("export")
     return weights
 
 

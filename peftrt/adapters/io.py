@@ -113,8 +113,7 @@ def load(
     state = find_state(model) or ModelAdapters()
     model = unwrap(model)
     check_new_name(name, [other for other in state.configs if not (replace and other == name)])
-    if state.merged is not None:
-        raise ValueError(f"load: adapters {sorted(state.merged)} are merged into the base; call peftrt.unmerge first")
+    state.expect_unmerged("load")
     expect_data(model, "load")
     found = read_adapter(model, state, path, name, subfolder=subfolder, allow_nonfinite=allow_nonfinite)
     config, plan = found.config, found.plan

@@ -44,6 +44,13 @@ class ModelAdapters(AdapterSet):
                 there = ", ".join(map(repr, self.configs)) or "none"
                 raise ValueError(f"{where}: no adapter {name!r} in the model; there are: {there}")
 
+    def expect_unmerged(self, where: str) -> None:
+        """Raise ValueError where adapters are merged."""
+        if self.merged is not None:
+            raise ValueError(
+                f"{where}: adapters {sorted(self.merged)} are merged into the base; call peftrt.unmerge first"
+            )
+
 
 def check_new_name(name: str, existing: Iterable[str]) -> None:
     """Raise AdapterNameError unless a new adapter can be called so."""

@@ -135,7 +135,7 @@ class Lora(Method[LoraConfig, LoraState]):
         layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
         tensors: dict[str, Tensor] = {}
         for path, layer in layers.items():
-            for part, half in zip(layer.fields[:2], _change(layer, name), strict=True):
+            for part, half in zip(layer.fields[:2], change_of(layer, name), strict=True):
                 tensors[join_key(path, part)] = half
             magnitude = layer.adapter(name).magnitude
             if magnitude is not None:
@@ -175,7 +175,7 @@ def _options(config: LoraConfig, path: str, adapter_dtype: torch.dtype) -> dict[
     }
 
 
-def _change(layer: AdapterLinear, name: str) -> tuple[Tensor, Tensor]:
+def change_of(layer: AdapterLinear, name: str) -> tuple[Tensor, Tensor]:
     """A and B of the change that an adapter makes to the layer's original weight."""
     adapter, pair = layer.adapter(name), layer.principal_pair(name)
     if pair is None:
