@@ -101,6 +101,12 @@ def _lora_overhead(dtype: str) -> Iterable[Mark]:
         yield Mark("lora_linear", f"{base}-dora", dtype, (), "lora", at_most=1.15)
 
 
+def _ia3_overhead(dtype: str) -> Iterable[Mark]:
+    """What factors may add to their base."""
+    for part in ("nf4-*", "dense-*"):
+        yield Mark("ia3_linear", part, dtype, (1, 16, 512), "base", at_most=1.05)
+
+
 def _multi_lora_cpu() -> Iterable[Mark]:
     """What it costs that the adapters differ, and what adapters cost at all."""
     op = "multi_lora_linear"
@@ -161,6 +167,7 @@ CPU = (
     Mark("lora_linear", "nf4-train", "fp32", (256,), "peft+bitsandbytes", at_least=1.5),
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
+    *_ia3_overhead("fp32"),
     *_multi_lora_cpu(),
     *_paged_adamw("cpu"),
 )
@@ -186,6 +193,7 @@ GPU = (
         for part in ("forward", "dx")
     ),
     *_lora_overhead("bf16"),
+    *_ia3_overhead("bf16"),
 )
 
 # Hardest first: the first cells of a run that may be stopped are the first marks'.

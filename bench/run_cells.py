@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench import (
+    bench_ia3_linear,
     bench_lora_linear,
     bench_multi_lora_linear,
     bench_nf4_dequantize,
@@ -40,6 +41,7 @@ BENCHES: dict[str, tuple[Callable[[str, bool], list[Cell]], Callable[[Cell, Runn
     "nf4_linear": (bench_nf4_linear.cells, bench_nf4_linear.bench_nf4_linear),
     "nf4_dequantize": (bench_nf4_dequantize.cells, bench_nf4_dequantize.bench_nf4_dequantize),
     "nf4_quantize": (bench_nf4_quantize.cells, bench_nf4_quantize.bench_nf4_quantize),
+    "ia3_linear": (bench_ia3_linear.cells, bench_ia3_linear.bench_ia3_linear),
     "lora_linear": (bench_lora_linear.cells, bench_lora_linear.bench_lora_linear),
     "train_step": (bench_train_step.cells, bench_train_step.bench_train_step),
     "paged_adamw": (bench_paged_adamw.cells, bench_paged_adamw.bench_paged_adamw),

@@ -11,6 +11,7 @@ from peftrt import nn, ops, optim, serving
 from peftrt.adapters import (
     AdaptReport,
     BottleneckConfig,
+    IA3Config,
     LoraConfig,
     active_adapters,
     adapt,
@@ -30,7 +31,7 @@ from peftrt.adapters import (
     unmerge,
 )
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.nn import Bottleneck, LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
+from peftrt.nn import Bottleneck, IA3Linear, LoRAEmbedding, LoRALinear, NF4Linear, QLoRALinear
 from peftrt.ops import BackendError, backend, batch_invariant, release_scratch
 
 __version__ = "0.1.0"
@@ -39,6 +40,8 @@ __all__ = [
     "BackendError",
     "Bottleneck",
     "BottleneckConfig",
+    "IA3Config",
+    "IA3Linear",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",

@@ -173,7 +173,7 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         **nf4._asdict(),
         **vars(table),
         **dict.fromkeys(("x", "y", "dy", "dz", "out"), x),
-        "row_scale": torch.ones(_SIZE, device=device),
+        **dict.fromkeys(("row_scale", "x_scale", "y_scale"), torch.ones(_SIZE, device=device)),
         **dict.fromkeys(("lora_A", "down_weight"), lora_A),
         **dict.fromkeys(("lora_B", "up_weight"), lora_B),
         "down_bias": x[0, :_RANK],

@@ -8,6 +8,7 @@ from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
 from peftrt.adapters.fusing import fuse
 from peftrt.adapters.hotswapping import hotswap
+from peftrt.adapters.ia3_config import IA3Config
 from peftrt.adapters.io import load, save
 from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.merging import merge, unmerge
@@ -19,6 +20,7 @@ __all__ = [
     "AdaptedSite",
     "BottleneckConfig",
     "Explanation",
+    "IA3Config",
     "LoraConfig",
     "SiteChoice",
     "active_adapters",

@@ -31,8 +31,9 @@ class SiteChoice:
     """What serves one site.
 
     Attributes:
-        op: the operation: ``lora_linear``, ``nf4_linear``, ``linear`` (torch's own) for a dense base without an active
-            adapter, ``embedding`` (torch's own), with or without, or the kind of what acts from outside.
+        op: the operation: ``lora_linear``, ``ia3_linear``, ``nf4_linear``, ``linear`` (torch's own) for a dense base
+            without an active adapter, ``embedding`` (torch's own), with or without, or the kind of what acts from
+            outside.
         backend: ``native``, ``triton``, ``reference``, or ``torch``.
         reasons: backend -> why it does not serve the site.
         first: what serves an operation that has to run before: the norms that DoRA divides by.
@@ -126,9 +127,15 @@ def site_choice(layer: nn.Module) -> SiteChoice:
 
 
 def _adapted_choice(layer: AdapterLinear, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> SiteChoice:
-    term = [*layer.terms(layer.active), *layer.principal_terms(layer.active)][0]
+    terms = [*layer.terms(layer.active), *layer.principal_terms(layer.active)]
+    ia3 = layer.ia3(next(iter(layer.active), ""))
+    if ia3 is not None and not terms:
+        return _call_choice("ia3_linear", (x, weight, ia3.x_scale, ia3.y_scale, bias), {})
+    term = terms[0]
     operands = (weight, term.lora_A, term.lora_B, term.scaling)
     options: dict[str, Any] = {"dropout_p": term.dropout if layer.training else 0.0, "seed": 0}
+    if ia3 is not None:
+        return _call_choice("lora_linear", (x, *operands, bias), {"row_scale": ia3.y_scale})
     magnitude = layer.adapter(next(iter(layer.active))).magnitude if layer.active else None
     if magnitude is None:
         return _call_choice("lora_linear", (x, *operands, bias), options)

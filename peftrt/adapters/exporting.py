@@ -166,8 +166,9 @@ def _linear(layer: Any, prefix: str, weights: Mapping[str, float], dtype: torch.
     tie: Any = id(layer.weight) if bare else ("merged", id(layer))
     origin = layer.original_weight() if isinstance(layer, AdapterLinear) else layer.weight
     yield _Entry(Promise(f"{prefix}weight", dtype, shape), make, tie, id(origin))
-    if layer.bias is not None:
-        yield _plain(f"{prefix}bias", layer.bias, dtype)
+    bias = layer.bias if bare else layer.adapted_bias(held)
+    if bias is not None:
+        yield _plain(f"{prefix}bias", bias, dtype)
 
 
 def _write_shards(directory: str, entries: list[_Entry], max_shard_bytes: int) -> None:

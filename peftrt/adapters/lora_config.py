@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from peftrt.adapters.config import (
     FP32_MAX,
     PLAIN_NAME,
-    AdapterConfig,
     check_count,
     check_names,
     check_number,
@@ -19,10 +18,10 @@ from peftrt.adapters.config import (
 )
 from peftrt.adapters.pattern import compile_bounded
 from peftrt.adapters.peft_fields import NEUTRAL_LORA, read_fields, shown
+from peftrt.adapters.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import initialisation
 
-ALL_LINEAR = "all-linear"
 MAX_RANK = 65536
 MAX_LAYER = 1 << 20
 
@@ -36,7 +35,7 @@ _PLAIN_LAYER = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
-class LoraConfig(AdapterConfig):
+class LoraConfig(TargetedConfig):
     """What to adapt with LoRA, and how: y = x W^T + scaling * (x A^T) B^T with scaling = lora_alpha / r.
 
     The fields are HF peft's. Lists may be given as any sequence or set of ``str``; they are kept as tuples.
@@ -114,10 +113,6 @@ class LoraConfig(AdapterConfig):
         """What the module's B A is multiplied by: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
         return _scaling(self.rank_for(path), self.alpha_for(path), self.use_rslora)
 
-    @property
-    def targets_all_linear(self) -> bool:
-        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
-
     def with_doubled_ranks(self) -> LoraConfig:
         """The same scalings at twice the ranks, for the change of an adapter that began with a part of the base."""
         factor = math.sqrt(2) if self.use_rslora else 2
@@ -168,21 +163,6 @@ class LoraConfig(AdapterConfig):
             return cls(**fields)
         except ConfigError as error:
             raise type(error)(f"{source}: {error}") from None
-
-    def _check_targets(self) -> None:
-        if self.target_modules is None:
-            raise ConfigError(f"target_modules: name the modules to adapt, or {ALL_LINEAR!r}; got None")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                if not value:
-                    raise ConfigError(f"{name}: must not be empty")
-                if name == "exclude_modules" or not self.targets_all_linear:
-                    compile_bounded(value, name)
-            elif value is not None:
-                self._keep(name, check_names(name, value))
-        if not self.target_modules:
-            raise ConfigError("target_modules: must not be empty")
 
     def _check_switches(self) -> None:
         for name in ("fan_in_fan_out", "use_rslora", "use_dora"):

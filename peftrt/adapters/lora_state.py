@@ -66,6 +66,8 @@ def validate_lora_tensors(
             raise FormatError(f"{source}: {error}") from None
         if part == "lora_B.bias":
             raise UnsupportedError(f"{source}: key {key!a}: a bias of lora_B (lora_bias) is not supported")
+        if part == "ia3_l":
+            raise FormatError(f"{source}: key {key!a}: factors of IA3, but peft_type is 'LORA'")
         if part in ("saved", "base"):
             (state.saved if part == "saved" else state.bases).setdefault(path, {})[leaf] = tensor
             continue

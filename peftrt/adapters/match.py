@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable
 from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.lora_config import LoraConfig, pattern_key
 from peftrt.adapters.pattern import compile_bounded
+from peftrt.adapters.targeted import TargetedConfig
 
 
-def matches(path: str, config: LoraConfig) -> bool:
+def matches(path: str, config: TargetedConfig) -> bool:
     """Whether the module at ``path`` is adapted.
 
     A string target must match the whole path; a name in a list must be the path or its end after a dot. "all-linear"
@@ -33,7 +34,7 @@ def matches(path: str, config: LoraConfig) -> bool:
     return _ends_in_one_of(path, targets) and _layer_is_wanted(path, config)
 
 
-def is_excluded(path: str, config: LoraConfig) -> bool:
+def is_excluded(path: str, config: TargetedConfig) -> bool:
     """Whether ``exclude_modules`` names the module, or it is one of ``modules_to_save`` or lies in one."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
@@ -52,7 +53,7 @@ def saves_module(path: str, config: AdapterConfig) -> bool:
     return any(path.endswith(name) for name in config.modules_to_save or ())
 
 
-def unmatched_targets(config: LoraConfig, paths: Iterable[str]) -> list[str]:
+def unmatched_targets(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
     """The entries of ``target_modules`` that none of ``paths`` (those that are adapted) answers to.
 
     A name that the configuration excludes itself is not counted; "all-linear" is unmatched only where ``paths`` is
@@ -82,7 +83,7 @@ def _ends_in_one_of(path: str, names: Iterable[str]) -> bool:
     return path.endswith(tuple(f".{name}" for name in names))
 
 
-def _layer_is_wanted(path: str, config: LoraConfig) -> bool:
+def _layer_is_wanted(path: str, config: TargetedConfig) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == ():
         return True
@@ -90,7 +91,7 @@ def _layer_is_wanted(path: str, config: LoraConfig) -> bool:
     return index is not None and (index == wanted if isinstance(wanted, int) else index in wanted)
 
 
-def _layer_index(path: str, config: LoraConfig) -> int | None:
+def _layer_index(path: str, config: TargetedConfig) -> int | None:
     """The first number in the path that stands as a layer's index does: after a list's name, before another part."""
     pattern = config.layers_pattern
     names = [pattern] if isinstance(pattern, str) else list(pattern or ())

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from peftrt.adapters.config import AdapterConfig
-from peftrt.adapters.lora_config import ALL_LINEAR, LoraConfig
+from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.match import is_excluded, matches, saves_module, unmatched_patterns, unmatched_targets
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import ModelAdapters
+from peftrt.adapters.targeted import ALL_LINEAR, TargetedConfig
 from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError
 from peftrt.nn import AdapterHolder, AdapterLinear, HookedAdapters, LoRAEmbedding, NF4Linear
 from peftrt.nn.initialisation import parse, refusal
@@ -68,7 +69,7 @@ def with_task_heads(model: nn.Module, config: C) -> C:
     return replace(config, modules_to_save=present + missing) if missing else config
 
 
-def make_plan(model: nn.Module, config: LoraConfig, state: ModelAdapters) -> Plan:
+def make_plan(model: nn.Module, config: TargetedConfig, state: ModelAdapters) -> Plan:
     """Match the configuration with the model.
 
     Raises:
@@ -199,7 +200,7 @@ def sizes(module: Any) -> tuple[int, int]:
 
 
 def _sort_in(
-    plan: Plan, path: str, module: nn.Module, config: LoraConfig, state: ModelAdapters, head: nn.Module | None
+    plan: Plan, path: str, module: nn.Module, config: TargetedConfig, state: ModelAdapters, head: nn.Module | None
 ) -> None:
     """Put a module that the configuration names where it belongs, or say why it belongs nowhere."""
     reason = cannot_adapt(module, state)
@@ -302,7 +303,7 @@ def _check_saved(path: str, module: nn.Module) -> None:
             raise UnsupportedError(f"modules_to_save: {path} cannot be trained whole: {where} is already a {kind}")
 
 
-def _check_everything_matched(model: nn.Module, config: LoraConfig, plan: Plan) -> None:
+def _check_everything_matched(model: nn.Module, config: TargetedConfig, plan: Plan) -> None:
     missing = unmatched_targets(config, plan.paths)
     if missing:
         details = [f"{name!r} matches no module of the model{close_names(name, model)}" for name in missing[:8]]
@@ -311,7 +312,7 @@ def _check_everything_matched(model: nn.Module, config: LoraConfig, plan: Plan) 
         raise ConfigError(f"target_modules: {'. '.join(details)}")
     if not plan.paths:
         raise ConfigError(f"target_modules: {config.target_modules!r} matches only modules that are excluded")
-    unused = unmatched_patterns(config, plan.paths)
+    unused = unmatched_patterns(config, plan.paths) if isinstance(config, LoraConfig) else []
     if unused:
         raise ConfigError(f"{unused[0]} matches no module that is adapted; those are {_some(plan.paths)}")
 

@@ -43,6 +43,7 @@ _SUFFIXES = {
     ".lora_magnitude_vector": "lora_magnitude_vector",
     ".lora_embedding_A": "lora_embedding_A",
     ".lora_embedding_B": "lora_embedding_B",
+    ".ia3_l": "ia3_l",
 }
 # peft writes an adapted embedding's or head's own tensors along.
 _BASE = ".base_layer."
@@ -52,9 +53,9 @@ class PeftKey(NamedTuple):
     """A key of ``adapter_model.safetensors`` taken apart.
 
     ``path`` is the module's path in the base model; ``part`` is "lora_A", "lora_B", "lora_B.bias",
-    "lora_magnitude_vector" (DoRA's), "lora_embedding_A", "lora_embedding_B", "base" for a tensor of the adapted module
-    itself, or "saved" for a parameter of a module in ``modules_to_save``; of the last two ``leaf`` is the name in that
-    module.
+    "lora_magnitude_vector" (DoRA's), "lora_embedding_A", "lora_embedding_B", "ia3_l", "base" for a tensor of the
+    adapted module itself, or "saved" for a parameter of a module in ``modules_to_save``; of the last two ``leaf`` is
+    the name in that module.
     """
 
     path: str
@@ -63,7 +64,7 @@ class PeftKey(NamedTuple):
 
 
 def split_key(key: str, modules_to_save: Sequence[str] = ()) -> PeftKey:
-    """Take a LoRA adapter's key apart.
+    """Take the key of an adapter of LoRA or IA3 apart.
 
     Args:
         key: e.g. ``base_model.model.encoder.layer.0.attention.self.query.lora_A.weight``.

@@ -5,6 +5,8 @@ from peftrt.nn.adapter_linear import AdapterLinear
 from peftrt.nn.bottleneck import Bottleneck
 from peftrt.nn.holder import AdapterHolder
 from peftrt.nn.hooked import HookedAdapters
+from peftrt.nn.ia3 import IA3Adapter
+from peftrt.nn.ia3_linear import IA3Linear
 from peftrt.nn.lora_embedding import LoRAEmbedding
 from peftrt.nn.lora_linear import LoRALinear, QLoRALinear
 from peftrt.nn.nf4_linear import NF4Linear
@@ -17,6 +19,8 @@ __all__ = [
     "AdapterSet",
     "Bottleneck",
     "HookedAdapters",
+    "IA3Adapter",
+    "IA3Linear",
     "LoRAEmbedding",
     "LoRALinear",
     "NF4Linear",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +13,16 @@ from peftrt.nn.principal import Term
 DEFAULT = "default"
 # What an adapter's Parameters are called; the last only DoRA's have.
 FIELDS = ("lora_A", "lora_B", "lora_magnitude")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a layer keeps of a LoRA adapter beside its Parameters."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,20 @@ def as_weights(names: str | Mapping[str, float] | None) -> dict[str, float]:
     return weights
 
 
-def check_new(name: str, taken: Mapping[str, Any], r: int, lora_alpha: float, lora_dropout: float) -> None:
+def check_new(name: str, taken: Container[str], r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raise ValueError unless an adapter can be called and made so."""
-    if not isinstance(name, str) or not name or "." in name or "@" in name:
-        raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
-    if name in taken:
-        raise ValueError(f"adapter {name!r} exists already")
+    check_name(name, taken)
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r must be an integer of at least 1, got {r!r}")
     if not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
+
+
+def check_name(name: str, taken: Container[str]) -> None:
+    """Raise ValueError unless an adapter can be called so."""
+    if not isinstance(name, str) or not name or "." in name or "@" in name:
+        raise ValueError(f"adapter name must be non-empty, without '.' and '@', got {name!r}")
+    if name in taken:
+        raise ValueError(f"adapter {name!r} exists already")

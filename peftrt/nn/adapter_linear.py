@@ -1,9 +1,8 @@
-"""AdapterLinear: what the linear layers with LoRA adapters share, whatever their base weight is stored in."""
+"""AdapterLinear: what the linear layers with adapters share, whatever their base weight is stored in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
 from peftrt.nn import initialisation
-from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, as_weights, check_new, parameter_name, scaling_of
+from peftrt.nn.adapter import DEFAULT, FIELDS, Adapter, Settings, as_weights, check_new, parameter_name, scaling_of
 from peftrt.nn.holder import AdapterHolder
-from peftrt.nn.principal import PrincipalParts, Term, in_one
+from peftrt.nn.ia3 import FIELD as IA3_FIELD
+from peftrt.nn.ia3 import IA3Factors
+from peftrt.nn.principal import Term, in_one
 from peftrt.nn.remembered import Remembered
 from peftrt.nn.routing import AdapterSet, current
 from peftrt.nn.rows import by_row
@@ -23,22 +24,14 @@ if TYPE_CHECKING:
     from peftrt.nn.fused import Fused
 
 
-@dataclass(frozen=True)
-class _Settings:
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-
-
-class AdapterLinear(PrincipalParts, AdapterHolder):
+class AdapterLinear(IA3Factors, AdapterHolder):
     """A linear layer with any number of named LoRA adapters: ``y = x W^T + b + sum_a w_a s_a (drop(x) A_a^T) B_a^T``.
 
     The sum goes over the active adapters with their weights. A DoRA adapter, active alone, gives ``y = c * (x W^T + s
-    (drop(x) A^T) B^T) + b`` with ``c = m / ||W + s B A||``. Under a routing (``peftrt.rows``) every row has its own
-    adapter instead. An adapter's tensors are Parameters of the layer itself: ``lora_A``, ``lora_B`` and, for DoRA,
-    ``lora_magnitude`` for the one called "default", ``lora_A@fr`` ... for one called "fr". Subclasses say where the
-    base weight is: ``base_weight``.
+    (drop(x) A^T) B^T) + b`` with ``c = m / ||W + s B A||``; of IA3's see :class:`IA3Factors`. Under a routing
+    (``peftrt.rows``) every row has its own adapter instead, of whichever kind. An adapter's tensors are Parameters of
+    the layer itself: ``lora_A``, ``lora_B`` and, for DoRA, ``lora_magnitude`` for the one called "default",
+    ``lora_A@fr`` ... for one called "fr". Subclasses say where the base weight is: ``base_weight``.
 
     In ``eval()`` without gradients c is remembered until W, A, B or m changes, and so are the adapters that the rows of
     a batch had, stacked. A change through ``.data``, which torch does not count, is seen after the next ``train()`` or
@@ -56,7 +49,7 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
     fused: Fused | None = None
 
     def _init_adapters(self) -> None:
-        self._settings: dict[str, _Settings] = {}
+        self._settings = {}
         self._active: dict[str, float] = {}
         self._merged: dict[str, float] | None = None
         self._backup: dict[str, Tensor] = {}
@@ -64,10 +57,6 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         self._tables: Remembered[ops.AdapterTable] = Remembered()
         self.owner = AdapterSet()
         self._init_principal()
-
-    def base_weight(self) -> Tensor | NF4Weight:
-        """W [N, K], without adapters unless they are merged."""
-        raise NotImplementedError
 
     def _base(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -126,7 +115,7 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         # past register_parameter, which would refuse "lora_A" because the property of that name exists
         for field, half in zip(self.fields, (lora_A, lora_B), strict=False):
             self._parameters[parameter_name(field, name)] = nn.Parameter(half)
-        self._settings[name] = _Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
+        self._settings[name] = Settings(r, float(lora_alpha), float(lora_dropout), use_rslora)
         if use_dora:
             self._parameters[parameter_name("lora_magnitude", name)] = self._first_magnitude(name, adapter_dtype)
         return self.adapter(name)
@@ -152,7 +141,7 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         if self._merged and name in self._merged:
             raise ValueError(f"adapter {name!r} is merged; unmerge before removing it")
         self._settle_principal(name)
-        for field in self.fields:
+        for field in (*self.fields, IA3_FIELD):
             self._parameters.pop(parameter_name(field, name), None)
         del self._settings[name]
         self._active.pop(name, None)
@@ -163,9 +152,11 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         return tuple(self._settings)
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of that name; KeyError where there is none."""
+        """The LoRA adapter of that name; KeyError where there is none, or it is of another kind."""
         self._expect_known(name)
         settings = self._settings[name]
+        if not isinstance(settings, Settings):
+            raise KeyError(f"adapter {name!r} is one of IA3: see ia3()")
         lora_A, lora_B, magnitude = (self._parameters.get(parameter_name(field, name)) for field in self.fields)
         assert lora_A is not None
         assert lora_B is not None
@@ -173,16 +164,17 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         return Adapter(lora_A, lora_B, *values, magnitude)
 
     def adapter_parameters(self, name: str) -> tuple[nn.Parameter, ...]:
-        """What is trained of an adapter: A, B, and DoRA's magnitude."""
-        return self.adapter(name).parameters
+        """What is trained of an adapter: A, B, and DoRA's magnitude; or IA3's factors."""
+        ia3 = self.ia3(name)
+        return self.adapter(name).parameters if ia3 is None else ia3.parameters
 
     def set_active(self, names: str | Mapping[str, float] | None) -> None:
         """Choose what forward adds to the base: nothing, one adapter, or a weighted sum. ``requires_grad`` stays.
 
         Raises:
             KeyError: an unknown name.
-            ValueError: a weight that is not finite, adapters are merged, or a DoRA adapter is not alone or has another
-                weight than 1.
+            ValueError: a weight that is not finite, adapters are merged, or an adapter of DoRA or IA3 is not alone or
+                has another weight than 1.
         """
         weights = as_weights(names)
         for name in weights:
@@ -229,6 +221,8 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
 
     def why_inactive(self, weights: Mapping[str, float]) -> str | None:
         """Why adapters cannot act with these weights together; None where they can."""
+        if (reason := self._why_no_sum_of_ia3(weights)) is not None:
+            return reason
         names = self._of_dora(weights)
         if names and (len(weights) > 1 or weights[names[0]] != 1.0):
             return (
@@ -241,7 +235,7 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         return [name for name in names if parameter_name("lora_magnitude", name) in self._parameters]
 
     def _dora_among(self, weights: Mapping[str, float]) -> Adapter | None:
-        """The one DoRA adapter that is asked for; None where none is, an error where it is not alone."""
+        """The one DoRA adapter that is asked for; None where none is, an error where adapters cannot act together."""
         reason = self.why_inactive(weights)
         if reason is not None:
             raise ValueError(reason)
@@ -280,11 +274,14 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         return not weights and not self._principal
 
     def terms(self, weights: Mapping[str, float]) -> list[Term]:
-        """The terms of adapters that act with these weights."""
-        adapters = [(self.adapter(name), weight) for name, weight in weights.items()]
+        """The terms of adapters that act with these weights; IA3's have none."""
+        adapters = [(self.adapter(name), weight) for name, weight in weights.items() if self.ia3(name) is None]
         return [Term(a.lora_A, a.lora_B, a.scaling * weight, a.lora_dropout) for a, weight in adapters]
 
     def _adapted(self, x: Tensor) -> Tensor:
+        ia3 = self._ia3_alone(self._active)
+        if ia3 is not None:
+            return self._with_factors(x, next(iter(self._active)), ia3)
         terms, taken_out = self.terms(self._active), self.principal_terms(self._active)
         dropouts = {term.dropout if self.training else 0.0 for term in terms}
         if len(dropouts) > 1:
@@ -351,7 +348,7 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
     def adapted_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
         """W with adapters (by default the active ones) in it, fp32 [N, K]; the weight as it is while merged.
 
-        ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter.
+        ``W + sum_a w_a s_a B_a A_a``, or ``c * (W + s B A)`` of a DoRA adapter, or W times IA3's factors.
 
         Raises:
             KeyError, ValueError: as of :meth:`set_active`.
@@ -359,24 +356,26 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         base = self.base_weight()
         wide = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.detach().float()
         weights = self._chosen(names)
-        dora = self._dora_among(weights)
+        dora, ia3 = self._dora_among(weights), self._ia3_alone(weights)
         if self._merged is not None or self.is_bare(weights):
             return wide
         terms = [*self.terms(weights), *self.principal_terms(weights)]
         adapted = wide + sum(term.delta() for term in terms)
+        if ia3 is not None:
+            return ia3.of_weight(adapted)
         if dora is None or dora.magnitude is None:
             return adapted
         return adapted * ops.dora_scale(base, *in_one(terms), dora.magnitude).unsqueeze(1)
 
     def delta_weight(self, names: str | Mapping[str, float] | None = None) -> Tensor:
         """What adapters (by default the active ones) add to W, fp32 [N, K]: ``sum_a w_a s_a B_a A_a``, less the part of
-        W that one began with; or ``c * (W + s B A) - W`` of a DoRA adapter.
+        W that one began with; of an adapter of DoRA or IA3, what it makes of W less W.
 
         Raises:
-            KeyError, ValueError: as of :meth:`set_active`, or a DoRA adapter while something is merged.
+            KeyError, ValueError: as of :meth:`set_active`, or an adapter of DoRA or IA3 while something is merged.
         """
         weights = self._chosen(names)
-        if self._dora_among(weights) is None:
+        if self._dora_among(weights) is None and self._ia3_alone(weights) is None:
             return self._low_rank_sum(weights)
         if self._merged is not None:
             raise ValueError(f"adapters {sorted(self._merged)} are merged; unmerge to see what {list(weights)} adds")
@@ -404,7 +403,11 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
         for name in weights:
             self._expect_known(name)
         self._dora_among(weights)
+        bias = self.adapted_bias(weights)
         self._backup = self._merge_into_base(weights, force)
+        if bias is not self.bias and self.bias is not None and bias is not None:
+            self._backup["bias"] = self.bias
+            self.bias = nn.Parameter(bias, requires_grad=False)
         self._merged = weights
 
     @torch.no_grad()
@@ -430,6 +433,11 @@ class AdapterLinear(PrincipalParts, AdapterHolder):
 
     def extra_repr(self) -> str:
         """Sizes and adapters, as shown by ``print(model)``."""
-        dora = {name: ", DoRA" for name in self._settings if parameter_name("lora_magnitude", name) in self._parameters}
-        ranks = ", ".join(f"{name}: r={settings.r}{dora.get(name, '')}" for name, settings in self._settings.items())
-        return f"{super().extra_repr()}, adapters=({ranks}), active={list(self._active)}"
+        shown = ", ".join(f"{name}: {self._kind(name)}" for name in self._settings)
+        return f"{super().extra_repr()}, adapters=({shown}), active={list(self._active)}"
+
+    def _kind(self, name: str) -> str:
+        settings = self._settings[name]
+        if isinstance(settings, Settings):
+            return f"r={settings.r}" + (", DoRA" if parameter_name("lora_magnitude", name) in self._parameters else "")
+        return "IA3 of inputs" if settings.feedforward else "IA3 of outputs"

@@ -104,6 +104,8 @@ class Fused:
             return None
         if any((layer.active, layer.training) != (first.active, first.training) for layer in others):
             return None
+        if any(layer.ia3(name) is not None for layer in self.layers for name in layer.active):
+            return None
         terms = [[*layer.terms(layer.active), *layer.principal_terms(layer.active)] for layer in self.layers]
         dropouts = {term.dropout if first.training else 0.0 for of_layer in terms for term in of_layer}
         if not all(terms) or len(dropouts) != 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from peftrt.nn.routing import Routing, current
 from peftrt.nn.source import carry_over, unsuitable_embedding
 
 NO_DORA = "DoRA (use_dora) of an embedding is not supported"
+NO_IA3 = "IA3 of an embedding is not supported"
 # Rows of the table that merging works on at a time.
 _CHUNK = 4096
 
@@ -86,6 +87,10 @@ class LoRAEmbedding(AdapterLinear):
 
     def _expect_dora_fits(self) -> None:
         raise ValueError(NO_DORA)
+
+    def add_ia3(self, name: str = DEFAULT, **_: Any) -> NoReturn:
+        """Refused: rows of the table are gathered, there is no product to scale."""
+        raise ValueError(NO_IA3)
 
     def _draw(self, init: bool | str, r: int, dtype: torch.dtype) -> Pair:
         if (reason := refused_start(init)) is not None:

@@ -86,7 +86,8 @@ class LoRALinear(AdapterLinear):
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense layer with the active adapters in it, of the class that was wrapped."""
         dtype = dtype or self.weight.dtype
-        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        bias = self.adapted_bias()
+        bias = None if bias is None else bias.to(dtype, copy=True)
         plain = self._merged is not None or self.is_bare(self._active)
         weight = self.base_weight() if plain else self.adapted_weight()
         return make_dense(self._origin, weight.to(dtype, copy=True), bias, self._transposed)
@@ -194,6 +195,9 @@ class QLoRALinear(AdapterLinear, NF4Linear):
         if self._merged is not None or self.is_bare(self._active):
             return self.nf4_weight().dequantize(dtype)
         return self.adapted_weight().to(dtype)
+
+    def _merged_bias(self) -> Tensor | None:
+        return self.adapted_bias()
 
     def _merge_into_base(self, weights: Mapping[str, float], force: bool) -> dict[str, Tensor]:
         if not force:

@@ -138,8 +138,13 @@ class NF4Linear(nn.Module):
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense layer, of the class it was made from; ``dtype`` by default that of the quantised weight."""
         dtype = dtype or self.weight_dtype
-        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        bias = self._merged_bias()
+        bias = None if bias is None else bias.to(dtype, copy=True)
         return make_dense(self._origin, self._merged_weight(dtype), bias, self._transposed)
+
+    def _merged_bias(self) -> Tensor | None:
+        """The bias as the layer computes with it."""
+        return self.bias
 
     def _merged_weight(self, dtype: torch.dtype) -> Tensor:
         """W [N, K] as the layer computes with it; layers with adapters add theirs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from peftrt import ops
 from peftrt.formats.nf4 import NF4Weight
+from peftrt.nn.ia3 import IA3Adapter
 from peftrt.nn.principal import Term, in_one
 from peftrt.nn.routing import Routing
 
@@ -35,14 +38,18 @@ def by_row(layer: AdapterLinear, x: Tensor, routing: Routing) -> Tensor:
     both = [[*terms, *rest] for terms, rest in zip(adding, lacking, strict=True)]
     if lacking[-1]:
         slot_ids = torch.where(slot_ids < 0, len(slots), slot_ids)
-    scales = [*(layer.row_scale(name, terms) for name, terms in zip(slots, both, strict=False)), None]
-    dropouts = [layer.adapter(name).lora_dropout if layer.training else 0.0 for name in slots]
+    factors: list[Tensor | IA3Adapter | None] = [layer.ia3(name) for name in slots]
+    factors = [f or layer.row_scale(name, t) for f, name, t in zip(factors, slots, both, strict=False)]
+    factors.append(None)
+    dropouts = [max((t.dropout for t in terms), default=0.0) if layer.training else 0.0 for terms in adding]
     if not any(dropouts):
-        return _with_terms(layer, x, layer.base_weight(), both, scales, slot_ids)
-    whole = _with_terms(layer, x, layer.base_weight(), lacking, scales, slot_ids)
-    drop = torch.tensor([*dropouts, 0.0], device=x.device)[slot_ids].view(*x.shape[:-1], 1)
+        return _with_terms(layer, x, layer.base_weight(), both, factors, slot_ids)
+    whole = _with_terms(layer, x, layer.base_weight(), lacking, factors, slot_ids)
+    drop = torch.tensor(dropouts, device=x.device)[slot_ids].view(*x.shape[:-1], 1)
     dropped = torch.where(torch.rand(x.shape, device=x.device) >= drop, x / (1 - drop).to(x.dtype), 0.0)
-    return whole + _with_terms(layer, dropped.to(x.dtype), None, adding, scales, slot_ids)
+    # an adapter of IA3 is in the base's share
+    others = [None if isinstance(f, IA3Adapter) else f for f in factors]
+    return whole + _with_terms(layer, dropped.to(x.dtype), None, adding, others, slot_ids)
 
 
 def _with_terms(
@@ -50,23 +57,32 @@ def _with_terms(
     x: Tensor,
     weight: Tensor | NF4Weight | None,
     terms: list[list[Term]],
-    scales: list[Tensor | None],
+    factors: Sequence[Tensor | IA3Adapter | None],
     slot_ids: Tensor,
 ) -> Tensor:
-    """The base's share, where a weight is given, and for every row the terms of its slot, times the slot's factors."""
+    """The base's share, where a weight is given, and for every row the terms of its slot, times the slot's factors:
+    DoRA's c, or those of an IA3 adapter.
+    """
+
+    def slot(pair: tuple[Tensor, Tensor, float] | None, factor: Tensor | IA3Adapter | None) -> ops.SlotAdapter:
+        if isinstance(factor, IA3Adapter):
+            return replace(factor.slot(layer.bias), pairs=(pair,))
+        return ops.SlotAdapter((pair,), y_scale=factor)
 
     def stack() -> ops.AdapterTable:
         pairs = [in_one(entry) if entry else None for entry in terms]
-        slots = [ops.SlotAdapter((pair,), y_scale=c) for pair, c in zip(pairs, scales, strict=True)]
+        slots = [slot(pair, factor) for pair, factor in zip(pairs, factors, strict=True)]
         return ops.AdapterTable.stack(slots, splits=(layer.out_features,), k=layer.in_features)
 
     halves = [half for entry in terms for term in entry for half in (term.lora_A, term.lora_B)]
-    tensors = [*halves, *(c for c in scales if c is not None)]
+    tensors = [*halves, *(f.ia3_l if isinstance(f, IA3Adapter) else f for f in factors if f is not None)]
     if not tensors:
         return layer._base(x)
     if layer.training or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         table = stack()
     else:
         settings = tuple(tuple((term.scaling, term.lora_A.shape[0]) for term in entry) for entry in terms)
-        table = layer._tables.get("rows", tensors, (settings, tuple(c is None for c in scales)), stack)
+        kinds = tuple((type(f), getattr(f, "feedforward", None)) for f in factors)
+        biases = [] if layer.bias is None else [layer.bias]
+        table = layer._tables.get("rows", [*tensors, *biases], (settings, kinds), stack)
     return ops.multi_lora_linear(x, weight, table, slot_ids, None if weight is None else layer.bias)

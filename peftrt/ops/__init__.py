@@ -8,6 +8,7 @@ from peftrt.ops._bottleneck import bottleneck
 from peftrt.ops._dora import dora_scale
 from peftrt.ops._dropout import dropout
 from peftrt.ops._gradient_norm import gradient_norm
+from peftrt.ops._ia3_linear import ia3_linear
 from peftrt.ops._invariant import batch_invariant
 from peftrt.ops._lora_linear import lora_linear
 from peftrt.ops._lora_weight_norm import lora_weight_norm
@@ -36,6 +37,7 @@ __all__ = [
     "dora_scale",
     "dropout",
     "gradient_norm",
+    "ia3_linear",
     "lora_linear",
     "lora_weight_norm",
     "multi_lora_linear",

@@ -35,12 +35,12 @@ def backward_unsupported(dz: Tensor, x: Tensor, *rest: Any) -> str | None:
     return unsupported(x, *rest)
 
 
-def forward(x: Tensor, *rest: Any) -> Tensor:
-    """The operation's arguments; y."""
+def forward(x: Tensor, *rest: Any, scales_x: bool = True) -> Tensor:
+    """The operation's arguments; y. ``scales_x``: whether a slot may have an x_scale."""
     weight = WeightArgs(*rest[:7])
     # of its final shape: what is returned must be no view, or users could not write to it
     y = x.new_empty((*x.shape[:-1], weight.n))
-    _forward_into(x, weight, rest[7:], y.view(-1, weight.n) if y.numel() else None)
+    _forward_into(x, weight, rest[7:], y.view(-1, weight.n) if y.numel() else None, scales_x)
     return y
 
 
@@ -83,7 +83,7 @@ def backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @_triton.heeds_invariance
-def _forward_into(x: Tensor, weight: WeightArgs, rest: Any, out: Tensor | None) -> None:
+def _forward_into(x: Tensor, weight: WeightArgs, rest: Any, out: Tensor | None, scales_x: bool = True) -> None:
     """``out``: [M, N], columns together; None where it would be empty."""
     from peftrt.kernels.multi_lora_decode import multi_lora_decode, scale_rows
 
@@ -94,7 +94,7 @@ def _forward_into(x: Tensor, weight: WeightArgs, rest: Any, out: Tensor | None) 
     table, slot_ids = _table(pairs, vectors, starts, splits), slot_ids.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows, flag = _rows(x), _device_flag.flag(x.device)
-    if table.vectors is not None:
+    if scales_x and table.vectors is not None:
         rows = scale_rows(rows, table, slot_ids)
     if rows.shape[0] <= _paths.MULTI_LORA_ROWS and not invariant():
         parts = _base_parts(rows, weight, weight.n, dx=False)

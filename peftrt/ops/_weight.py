@@ -145,14 +145,16 @@ def check_low_rank(op: str, weight: WeightArgs, lora_A: Tensor, lora_B: Tensor, 
     expect(fits, op, "lora_B", f"[N, R] = [{weight.n}, {rank}] beside lora_A of rank {rank}", lora_B)
 
 
-def check_row_scale(op: str, row_scale: Tensor | None, n: int, x: Tensor) -> None:
+def check_row_scale(
+    op: str, row_scale: Tensor | None, n: int, x: Tensor, name: str = "row_scale", letter: str = "N"
+) -> None:
     """The factors of the rows, where there are any, are [N] in the accumulator's dtype, on x's device."""
     if row_scale is None:
         return
-    check_device(op, "row_scale", row_scale, x)
+    check_device(op, name, row_scale, x)
     dtype = accumulator(x.dtype)
-    expect(row_scale.dtype == dtype, op, "row_scale", f"{dtype} beside an input of {x.dtype}", row_scale, TypeError)
-    expect(tuple(row_scale.shape) == (n,), op, "row_scale", f"[N] = [{n}]", row_scale)
+    expect(row_scale.dtype == dtype, op, name, f"{dtype} beside an input of {x.dtype}", row_scale, TypeError)
+    expect(tuple(row_scale.shape) == (n,), op, name, f"[{letter}] = [{n}]", row_scale)
 
 
 def check_bias(op: str, bias: Tensor | None, n: int, x: Tensor) -> None:

@@ -17,9 +17,10 @@ _GROUPS = {
     "lora_embedding_B": "embedding",
     "lora_magnitude": "magnitude",
     "lora_magnitude_vector": "magnitude",
+    "ia3_l": "factors",
 }
 # The order of the groups in the result.
-_ORDER = ("lora_A", "lora_B", "embedding", "magnitude", "other", "no_decay")
+_ORDER = ("lora_A", "lora_B", "embedding", "magnitude", "factors", "other", "no_decay")
 
 
 def param_groups(
@@ -39,6 +40,7 @@ def param_groups(
     ``lora_B``            B of every adapter                             lr x loraplus_lr_ratio       weight_decay
     ``embedding``         A and B of adapted embeddings                  embedding_lr                 weight_decay
     ``magnitude``         DoRA's magnitude vectors                       lr x loraplus_lr_ratio       0
+    ``factors``           IA3's                                          lr                           0
     ``other``             matrices of modules that are trained whole     lr                           weight_decay
     ``no_decay``          biases, norms and other vectors                lr x loraplus_lr_ratio       0
     ====================  =============================================  ===========================  ============
@@ -79,7 +81,7 @@ def param_groups(
         raise ValueError("param_groups: nothing in the model requires gradients")
     rates = dict.fromkeys(_ORDER, lr) | dict.fromkeys(("lora_B", "magnitude", "no_decay"), lr * ratio)
     rates["embedding"] = lr if embedding_lr is None else embedding_lr
-    decays = dict.fromkeys(_ORDER, weight_decay) | dict.fromkeys(("magnitude", "no_decay"), 0.0)
+    decays = dict.fromkeys(_ORDER, weight_decay) | dict.fromkeys(("magnitude", "factors", "no_decay"), 0.0)
     return [
         {"params": members[name], "lr": rates[name], "weight_decay": decays[name], "name": name}
         for name in _ORDER

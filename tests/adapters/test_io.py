@@ -111,7 +111,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"use_dora is true, but there is no key '.*\.lora_magnitude_vector'",
     ),
     "bias": (lambda d: change_config(d, bias="all"), UnsupportedError, "bias"),
-    "another method": (lambda d: change_config(d, peft_type="IA3"), UnsupportedError, "IA3"),
+    "another method": (lambda d: change_config(d, peft_type="LOHA"), UnsupportedError, "LOHA"),
+    "factors of IA3": (
+        lambda d: change_tensors(d, lambda t: t.update({f"{Q_PROJ}.ia3_l": torch.ones(64, 1)})),
+        FormatError,
+        "factors of IA3, but peft_type is 'LORA'",
+    ),
     "vectors without dora": (
         lambda d: change_tensors(d, lambda t: t.update({f"{Q_PROJ}.lora_magnitude_vector": torch.zeros(64)})),
         FormatError,

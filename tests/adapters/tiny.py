@@ -17,15 +17,18 @@ import peftrt
 from tests.tolerances import assert_same_bits
 
 KINDS = ("llama", "gpt2", "bert")
+# and an encoder with a decoder, whose feed-forward part is gated
+ALL_KINDS = (*KINDS, "t5")
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "bert": ["query", "value", "dense"],
+    "t5": ["q", "v", "o", "wi_0", "wi_1", "wo"],
 }
-ONE = {"llama": "q_proj", "gpt2": "c_attn", "bert": "query"}
+ONE = {"llama": "q_proj", "gpt2": "c_attn", "bert": "query", "t5": "q"}
 # adapters of a batch of three
 NAMES = ["de", None, "fr"]
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @functools.cache
@@ -50,6 +53,21 @@ def _model(kind: str, tied: bool) -> nn.Module:
                 vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0
             )
             return transformers.GPT2LMHeadModel(config).eval()
+        if kind == "t5":
+            config = transformers.T5Config(
+                vocab_size=96,
+                d_model=64,
+                d_kv=16,
+                d_ff=96,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                decoder_start_token_id=0,
+                # logits of the size of the other models', since differences are compared
+                initializer_factor=0.1,
+                tie_word_embeddings=False,
+            )
+            return transformers.T5ForConditionalGeneration(config).eval()
         config = transformers.BertConfig(
             vocab_size=96,
             hidden_size=64,
@@ -72,8 +90,15 @@ def tokens(batch: int = 3, length: int = 6, seed: int = 0) -> Tensor:
 
 
 def logits(model: Any, ids: Tensor | None = None) -> Tensor:
+    ids = tokens() if ids is None else ids
     with torch.no_grad():
-        return model(tokens() if ids is None else ids).logits
+        return model(ids, **inputs_of(model, ids)).logits
+
+
+def inputs_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What a model takes beside its ids: a decoder is given some of its own."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {"decoder_input_ids": ids.flip(1)[:, :4]} if encodes else {}
 
 
 def config(kind: str, **changes: Any) -> peftrt.LoraConfig:

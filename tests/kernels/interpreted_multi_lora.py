@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import peftrt
 from peftrt import ops
 from peftrt.formats.pages import PAGE
+from peftrt.kernels import multi_lora_decode as multi_lora_decode_module
 from peftrt.kernels._routes import TILE_ROWS, route
 from peftrt.kernels._slots import Table
 from peftrt.kernels.multi_lora_decode import multi_lora_decode
@@ -386,3 +388,22 @@ def test_a_row_alone_has_the_bits_of_a_batch_where_bits_count(op: str, kind: str
         rows = slice(0, count)
         for got, want in zip(run(rows), everything, strict=True):
             assert_same_bits(got, want[rows])
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_factors_alone(kind: str, sides: tuple[bool, bool], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ia3_linear: one slot without a pair; where only outputs have factors nothing passes over x."""
+    passes = []
+    scale_rows = multi_lora_decode_module.scale_rows
+    monkeypatch.setattr(multi_lora_decode_module, "scale_rows", lambda *args: passes.append(1) or scale_rows(*args))
+    for dtype, m in itertools.product(DTYPES, (1, 5)):
+        weight, x = base(kind, 40, 72, dtype), randn(m, 72, seed=1, dtype=dtype)
+        u, c = (randn(size, seed=3) if has else None for has, size in zip(sides, (72, 40), strict=True))
+        bias = randn(40, seed=4, dtype=dtype)
+        with peftrt.backend(ia3_linear="triton"):
+            y = ops.ia3_linear(x, weight, u, c, bias)
+        wide = x.double() if u is None else (x * u).to(dtype).double()
+        expected = wide @ exact(weight, dtype).t() * (1.0 if c is None else c.double()) + bias.double()
+        assert_close(y, expected, intermediate=40.0)
+    assert len(passes) == (4 if sides[0] else 0)

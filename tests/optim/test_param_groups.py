@@ -48,6 +48,16 @@ def test_rates_and_decay() -> None:
     assert {group["lr"] for group in param_groups(adapted(), 1e-3)} == {1e-3}
 
 
+def test_factors_are_not_pulled_to_zero() -> None:
+    """They begin at 1, as matrices of one row or column: a decay would make them forget the base."""
+    model = build("llama")
+    targets = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    peftrt.adapt(model, peftrt.IA3Config(**targets), name="fr")
+    (group,) = param_groups(model, 1e-3, loraplus_lr_ratio=16, weight_decay=0.1)
+    assert (group["name"], group["lr"], group["weight_decay"]) == ("factors", 1e-3, 0.0)
+    assert len(group["params"]) == 4
+
+
 def test_embeddings_and_magnitudes_have_groups_of_their_own() -> None:
     def parameter(*shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape))

@@ -252,7 +252,7 @@ def test_what_a_pool_cannot_serve_is_refused_by_name(tmp_path: Path) -> None:
         ("saved", {"modules_to_save": ["third"]}, UnsupportedError, r"modules_to_save \(third\)"),
         ("lora bias", {"lora_bias": True}, UnsupportedError, "lora_bias"),
         ("bias", {"bias": "all"}, UnsupportedError, "bias"),
-        ("method", {"peft_type": "IA3"}, UnsupportedError, "IA3"),
+        ("method", {"peft_type": "LOHA"}, UnsupportedError, "LOHA"),
     ):
         tenant = write(tmp_path / "bad", 1, **changes)
         with pytest.raises(error, match=message):

@@ -8,10 +8,11 @@ from typing import Any
 from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.method import Method
 from peftrt.adapters.methods.bottleneck import BottleneckMethod
+from peftrt.adapters.methods.ia3 import IA3
 from peftrt.adapters.methods.lora import Lora
 from peftrt.adapters.peft_fields import expect_kind
 
-METHODS: tuple[Method[Any, Any], ...] = (Lora(), BottleneckMethod())
+METHODS: tuple[Method[Any, Any], ...] = (Lora(), BottleneckMethod(), IA3())
 
 
 def method_of(config: AdapterConfig) -> Method[Any, Any]:

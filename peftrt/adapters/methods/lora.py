@@ -11,19 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.adapters.explaining import site_choice
+from peftrt.adapters.fitting import expect_every_target, other_tensors, take_in
 from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
-from peftrt.adapters.match import matches
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import (
     Plan,
-    cannot_adapt,
     check_initialisation,
-    expect_module,
     is_embedding,
-    is_linear,
     make_plan,
-    output_head,
     own_modules,
     sizes,
 )
@@ -31,7 +27,7 @@ from peftrt.adapters.report import AdaptedSite, dense_note, storage_of
 from peftrt.adapters.state import ModelAdapters, adapter_layers
 from peftrt.formats.errors import FormatError
 from peftrt.formats.peft_dir import CONFIG_NAME, join_key
-from peftrt.nn import AdapterLinear, NF4Linear, QLoRALinear
+from peftrt.nn import AdapterLinear, QLoRALinear
 from peftrt.nn.initialisation import parse
 
 
@@ -94,10 +90,7 @@ class Lora(Method[LoraConfig, LoraState]):
         """As of :class:`Method`."""
         plan, modules = Plan(), dict(own_modules(model))
         for path, (lora_A, lora_B) in tensors.pairs.items():
-            module = expect_module(modules, path, source)
-            reason = cannot_adapt(module, state)
-            if reason is not None:
-                raise FormatError(f"{source}: module {path!a} cannot be adapted: {reason}")
+            module = take_in(plan, modules, path, state, source)
             if is_embedding(module) != (path in tensors.embeddings):
                 kind = "an embedding" if path in tensors.embeddings else "a linear layer"
                 found = "an embedding" if is_embedding(module) else type(module).__name__
@@ -108,21 +101,12 @@ class Lora(Method[LoraConfig, LoraState]):
                     f"{source}: module {path!a}: lora_A is {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, for "
                     f"a weight of [{lora_B.shape[0]}, {lora_A.shape[1]}]; the model's is [{n}, {k}]"
                 )
-            (plan.existing if isinstance(module, AdapterLinear) else plan.new).append(path)
-        head = output_head(model, config)
-        for path, module in modules.items():
-            named = is_linear(module) or (is_embedding(module) and not config.targets_all_linear)
-            if not path or path in tensors.pairs or not named or (config.targets_all_linear and module is head):
-                continue
-            if matches(path, config):
-                raise FormatError(
-                    f"{source}: no tensors for {path!a}, which target_modules names: made for another base?"
-                )
+        expect_every_target(model, modules, config, tensors.pairs, source)
         return plan
 
     def differences(self, model: nn.Module, config: LoraConfig, tensors: LoraState, source: str) -> list[str]:
         """As of :class:`Method`: another embedding or head, as peft writes them along; LoftQ's base."""
-        told = _other_tensors(model, tensors, source)
+        told = other_tensors(model, tensors, source)
         if config.init_lora_weights == "loftq":
             reason = "it began with LoftQ and belongs to the NF4 base that was made with it: over another it means less"
             told.append(f"{os.path.join(source, CONFIG_NAME)}: {reason}")
@@ -182,28 +166,3 @@ def change_of(layer: AdapterLinear, name: str) -> tuple[Tensor, Tensor]:
         return adapter.lora_A.detach(), adapter.lora_B.detach()
     # s (B A - B0 A0): the adapter began with a part of the weight, which is no change
     return torch.cat([adapter.lora_A.detach(), pair[0]]), torch.cat([adapter.lora_B.detach(), -pair[1]], dim=1)
-
-
-def _other_tensors(model: nn.Module, parts: LoraState, source: str) -> list[str]:
-    """peft writes the tensors of adapted embeddings and heads along, and would load them over the model's."""
-    told = []
-    for path, tensors in parts.bases.items():
-        module = model.get_submodule(path)
-        if isinstance(module, NF4Linear) or (isinstance(module, AdapterLinear) and not module.is_bare({})):
-            continue  # stored in another form
-        for name, theirs in tensors.items():
-            ours = getattr(module, name, None)
-            if not isinstance(ours, Tensor) or not _same(ours.detach(), theirs):
-                reason = (
-                    f"another {path}.{name} than the model's, which is kept: the adapter was trained over the other"
-                )
-                told.append(f"{source}: holds {reason}")
-    return told
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal once both are rounded to the dtype of either."""
-    if ours.shape != theirs.shape:
-        return False
-    theirs = theirs.to(ours.device)
-    return torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))
