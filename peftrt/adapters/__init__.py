@@ -12,6 +12,7 @@ from peftrt.adapters.ia3_config import IA3Config
 from peftrt.adapters.io import load, save
 from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.merging import merge, unmerge
+from peftrt.adapters.prompt_config import PrefixTuningConfig, PromptTuningConfig
 from peftrt.adapters.report import AdaptedSite, AdaptReport
 from peftrt.adapters.source import empty_weights
 
@@ -22,6 +23,8 @@ __all__ = [
     "Explanation",
     "IA3Config",
     "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "SiteChoice",
     "active_adapters",
     "adapt",

@@ -26,7 +26,7 @@ from peftrt.adapters.state import (
     unwrap,
 )
 from peftrt.formats.nf4 import FLOAT_DTYPES
-from peftrt.formats.peft_dir import join_key, write_peft_dir
+from peftrt.formats.peft_dir import write_peft_dir
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -53,11 +53,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     name = _the_one(state, name, "save")
     model = unwrap(model)
     config = state.configs[name]
-    config, tensors = method_of(config).contents(model, state, name)
+    method = method_of(config)
+    config, tensors = method.contents(model, state, name)
     for module_path, module in saved_modules(model, state).items():
         if name in module.adapter_names:
             for leaf, tensor in module.copy_of(name).state_dict().items():
-                tensors[join_key(module_path, "saved", leaf)] = tensor
+                tensors[method.saved_key(module_path, leaf)] = tensor
     if getattr(config, "init_lora_weights", None) == "loftq":
         warnings.warn(
             f"save: adapter {name!r} began with LoftQ: it belongs to the NF4 base that was made with it",

@@ -13,6 +13,7 @@ from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.report import AdaptedSite
 from peftrt.adapters.state import ModelAdapters
+from peftrt.formats.peft_dir import join_key
 
 
 class AdapterTensors(Protocol):
@@ -98,6 +99,10 @@ class Method(ABC, Generic[C, T]):
     @abstractmethod
     def contents(self, model: nn.Module, state: ModelAdapters, name: str) -> tuple[C, dict[str, Tensor]]:
         """The configuration to write and the tensors by their keys in a file, without ``modules_to_save``."""
+
+    def saved_key(self, path: str, leaf: str) -> str:
+        """The key in a file of a tensor of a module in ``modules_to_save``."""
+        return join_key(path, "saved", leaf)
 
     @abstractmethod
     def sites(self, model: nn.Module, state: ModelAdapters, name: str, plan: Plan) -> list[AdaptedSite]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class Routing:
         # the backward it was made in: a checkpointed region may hold a block of its own
         self.made_in = recompute.backward_number()
         self._per_row: dict[tuple[Any, int, torch.device], Tensor] = {}
+        self._per_entry: dict[tuple[Any, int, torch.device], Tensor] = {}
 
     @property
     def remembered(self) -> recompute.Names:
@@ -72,14 +73,26 @@ class Routing:
 
         return self._ids_per_row(slots, ids, x)
 
-    def _ids_per_row(self, key: Any, ids: Callable[[], list[int]], x: Tensor) -> Tensor:
-        """The entries' ids, once for each row of theirs: one copy to the device for each key and length."""
+    def expect_batch(self, x: Tensor) -> None:
+        """Raise ValueError unless the leading dimension of ``x [batch, ...]`` is the number of names."""
         if x.dim() < 2 or x.shape[0] != len(self.names):
             shape = list(x.shape)
             raise ValueError(
                 f"rows: {len(self.names)} names for a batch whose leading dimension is {shape[0]} (input {shape}): "
                 "one name an entry is needed (expand=n repeats each for beams)"
             )
+
+    def per_entry(self, values: Mapping[str, int], rest: int, device: torch.device) -> Tensor:
+        """int64 [batch], the value of each entry's adapter; ``rest`` where it has none among ``values``."""
+        place = (tuple(values.items()), rest, device)
+        if place not in self._per_entry:
+            numbers = [rest if name is None else values.get(name, rest) for name in self.names]
+            self._per_entry[place] = torch.tensor(numbers).to(device)
+        return self._per_entry[place]
+
+    def _ids_per_row(self, key: Any, ids: Callable[[], list[int]], x: Tensor) -> Tensor:
+        """The entries' ids, once for each row of theirs: one copy to the device for each key and length."""
+        self.expect_batch(x)
         repeat = x.shape[1:-1].numel()
         place = (key, repeat, x.device)
         if place not in self._per_row:

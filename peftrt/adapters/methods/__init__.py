@@ -10,9 +10,11 @@ from peftrt.adapters.method import Method
 from peftrt.adapters.methods.bottleneck import BottleneckMethod
 from peftrt.adapters.methods.ia3 import IA3
 from peftrt.adapters.methods.lora import Lora
+from peftrt.adapters.methods.prefix import PrefixMethod
+from peftrt.adapters.methods.prompt import PromptMethod
 from peftrt.adapters.peft_fields import expect_kind
 
-METHODS: tuple[Method[Any, Any], ...] = (Lora(), BottleneckMethod(), IA3())
+METHODS: tuple[Method[Any, Any], ...] = (Lora(), BottleneckMethod(), PrefixMethod(), PromptMethod(), IA3())
 
 
 def method_of(config: AdapterConfig) -> Method[Any, Any]:
