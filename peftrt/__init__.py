@@ -7,7 +7,7 @@ from pathlib import Path
 if (Path(__file__).resolve().parent.parent / "kernels" / "_nf4.py").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from peftrt import nn, ops, optim, serving
+from peftrt import continual, nn, ops, optim, serving
 from peftrt.adapters import (
     AdaptReport,
     BottleneckConfig,
@@ -58,6 +58,7 @@ __all__ = [
     "add_weighted_adapter",
     "backend",
     "batch_invariant",
+    "continual",
     "empty_weights",
     "explain",
     "export",

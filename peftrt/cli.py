@@ -129,6 +129,15 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add(adapter, "--target-modules", "names of the modules to adapt, or all-linear", nargs="+", metavar="NAME")
     add(adapter, "--quantize", "how the frozen weights are kept", choices=("nf4", "none"))
 
+    former = parser.add_argument_group("a former task")
+    add(former, "--adapter", "go on from the adapter in this directory, with its head and labels", metavar="DIR")
+    add(former, "--ewc", "examples of the former task: what it needs is measured, and kept", metavar="FILE")
+    add(former, "--ewc-lambda", "how firmly it is kept", type=_not_negative, metavar="X")
+    add(former, "--ewc-samples", "examples to measure on", type=_count, metavar="N")
+    add(former, "--replay", "examples of the former task, to train on again", metavar="FILE")
+    add(former, "--replay-share", "share of every batch that is replayed", type=_share, metavar="X")
+    add(former, "--replay-size", "examples chosen from the file; classes alike", type=_count, metavar="N")
+
     training = parser.add_argument_group("training")
     add(training, "--lr", "highest learning rate", type=_positive, metavar="X")
     add(training, "--schedule", "what follows the warm-up", choices=("cosine", "linear", "constant"))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peftrt.finetune.adapter import adapter_labels
 from peftrt.finetune.errors import UserError
 from peftrt.finetune.examples import Examples
 from peftrt.finetune.records import Record, read_records
-from peftrt.finetune.settings import Settings
+from peftrt.finetune.settings import FILES, Settings
 
 _CHUNK = 256  # records tokenised together
 _NAMED = 20  # labels that an error lists
@@ -23,15 +25,21 @@ _NAMED = 20  # labels that an error lists
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples to train on, examples to evaluate on (or None), and the labels' names in the order of the classes."""
+    """Examples to train on, examples to evaluate on (or None), and the labels' names in the order of the classes.
+
+    Of a former task: examples to measure on and to replay, by the options that they came with, and those held out.
+    """
 
     train: Examples
     evaluation: Examples | None
     labels: tuple[str, ...] = ()
+    former: Mapping[str, Examples] = field(default_factory=dict)
+    former_evaluation: Examples | None = None
 
     @property
     def largest_token(self) -> int:
-        return max(part.largest_token for part in (self.train, self.evaluation) if part is not None)
+        parts = (self.train, self.evaluation, self.former_evaluation, *self.former.values())
+        return max(part.largest_token for part in parts if part is not None)
 
 
 class _Rows:
@@ -56,7 +64,9 @@ class _Rows:
 
 
 def load_dataset(settings: Settings, tokenizer: Any, max_length: int, pad_id: int) -> Dataset:
-    """Read and tokenise ``settings.data`` and ``settings.eval_data``.
+    """Read and tokenise the files of examples that the settings name.
+
+    Labels are those of the adapter that the run goes on from, or all that there are in ``data`` and ``replay``.
 
     Args:
         settings: the run's.
@@ -67,22 +77,48 @@ def load_dataset(settings: Settings, tokenizer: Any, max_length: int, pad_id: in
     Raises:
         UserError: a line that cannot be read, an unknown label, or nothing to train or to evaluate on.
     """
-    files = [Path(settings.data), *([Path(settings.eval_data)] if settings.eval_data else [])]
-    parts = [_Rows(_rows(path, settings, tokenizer, max_length)) for path in files]
-    for path, part, option in zip(files, parts, ("--data", "--eval-data"), strict=False):
-        if not part.lengths:
-            what = f"a block of {max_length} tokens" if path.suffix.lower() == ".txt" else "an example with text"
-            raise UserError(f"{option}: {path} has not even {what}")
-    names: tuple[str, ...] = ()
-    classes: list[list[int] | None] = [None] * len(parts)
-    if settings.task == "classify":
-        names = _sorted_labels(set(parts[0].labels), settings.data)
-        classes = [_classes(part, names, path) for path, part in zip(files, parts, strict=True)]
-    sets = [part.examples(labels, pad_id) for part, labels in zip(parts, classes, strict=True)]
+    parts: dict[str, _Rows] = {}
+    for name in FILES:
+        path = getattr(settings, name)
+        if path is None:
+            continue
+        same = next((other for other in parts if getattr(settings, other) == path), None)
+        parts[name] = parts[same] if same else _Rows(_rows(Path(path), settings, tokenizer, max_length))
+        if not parts[name].lengths:
+            what = f"a block of {max_length} tokens" if path.lower().endswith(".txt") else "an example with text"
+            raise UserError(f"--{name.replace('_', '-')}: {path} has not even {what}")
+    labels, whose = _all_labels(parts, settings) if settings.task == "classify" else ((), "")
+    sets = {}
+    for name, part in parts.items():
+        path = Path(getattr(settings, name))
+        classes = _classes(part, labels, path, whose) if settings.task == "classify" else None
+        sets[name] = part.examples(classes, pad_id)
+    former, former_evaluation = _former(parts, sets, settings)
     if settings.eval_data:
-        return Dataset(sets[0], sets[1], names)
-    train, evaluation = _split(parts[0], settings)
-    return Dataset(sets[0].select(train), sets[0].select(evaluation) if len(evaluation) else None, names)
+        return Dataset(sets["data"], sets["eval_data"], labels, former, former_evaluation)
+    train, evaluation = _divided("data", parts, sets, settings)
+    return Dataset(train, evaluation, labels, former, former_evaluation)
+
+
+def _all_labels(parts: Mapping[str, _Rows], settings: Settings) -> tuple[tuple[str, ...], str]:
+    """The labels in the order of the classes, and whose they are."""
+    if settings.adapter is not None:
+        return adapter_labels(Path(settings.adapter)), "the adapter's head"
+    found = {label for name in ("data", "replay") if name in parts for label in parts[name].labels}
+    return _sorted_labels(found, settings.data), "the training data"
+
+
+def _former(
+    parts: Mapping[str, _Rows], sets: Mapping[str, Examples], settings: Settings
+) -> tuple[dict[str, Examples], Examples | None]:
+    """The former task's examples by option, and those held out of them: of one file where both options name it."""
+    kept, held_out = {}, {}
+    for name in ("ewc", "replay"):
+        if name in parts:
+            kept[name], evaluation = _divided(name, parts, sets, settings)
+            if evaluation is not None:
+                held_out[getattr(settings, name)] = evaluation
+    return kept, reduce(Examples.joined, held_out.values()) if held_out else None
 
 
 def text_hash(text: str) -> int:
@@ -130,25 +166,30 @@ def _sorted_labels(labels: set[str], path: str) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def _classes(part: _Rows, names: tuple[str, ...], path: Path) -> list[int]:
+def _classes(part: _Rows, names: tuple[str, ...], path: Path, whose: str) -> list[int]:
     index = {name: i for i, name in enumerate(names)}
     for label, line in zip(part.labels, part.lines, strict=True):
         if label not in index:
             known = ", ".join(repr(name) for name in names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-            raise UserError(f"{path}:{line}: unknown label {label!r}; the training data has {known}")
+            raise UserError(f"{path}:{line}: unknown label {label!r}; {whose} has {known}")
     return [index[label] for label in part.labels]
 
 
-def _split(part: _Rows, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and to hold out: by the texts' hashes, so that equal texts are on the same side."""
-    hashes = np.array(part.hashes, np.uint64)
+def _divided(
+    name: str, parts: Mapping[str, _Rows], sets: Mapping[str, Examples], settings: Settings
+) -> tuple[Examples, Examples | None]:
+    """What a file has to train on, and what is held out of it: by the texts' hashes, so that equal texts are on the
+    same side, in all files of a run.
+    """
+    hashes = np.array(parts[name].hashes, np.uint64)
     if not settings.eval_share:
-        return np.arange(len(hashes)), np.arange(0)
+        return sets[name], None
     # The seed moves the window of hashes that is held out.
     shifted = hashes + np.uint64(text_hash(f"seed {settings.seed}"))
     held_out = shifted < np.uint64(settings.eval_share * 2**64)
     if not held_out.any():
         held_out = shifted == shifted.min()
     if held_out.all():
-        raise UserError(f"--data: {settings.data} has too few different examples to hold some out: use --eval-share 0")
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        few = f"{getattr(settings, name)} has too few different examples to hold some out"
+        raise UserError(f"--{name}: {few}: use --eval-share 0")
+    return sets[name].select(np.flatnonzero(~held_out)), sets[name].select(np.flatnonzero(held_out))

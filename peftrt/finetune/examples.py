@@ -60,7 +60,7 @@ class Examples:
         self._tokens = np.asarray(tokens, np.int32)
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self._classes = None if classes is None else np.asarray(classes, np.int64)
-        self._pad_id = pad_id
+        self.pad_id = pad_id
 
     @classmethod
     def of(
@@ -74,7 +74,13 @@ class Examples:
     def select(self, indices: NDArray[np.int64]) -> Examples:
         """The examples at ``indices``."""
         classes = None if self._classes is None else self._classes[indices]
-        return Examples(self._concatenated(indices), self.lengths[indices], classes, self._pad_id)
+        return Examples(self._concatenated(indices), self.lengths[indices], classes, self.pad_id)
+
+    def joined(self, other: Examples) -> Examples:
+        """These, and then others of the same kind."""
+        classes = None if self._classes is None else np.concatenate([self._classes, other.classes])
+        tokens, lengths = np.concatenate([self._tokens, other._tokens]), np.concatenate([self.lengths, other.lengths])
+        return Examples(tokens, lengths, classes, self.pad_id)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -95,7 +101,7 @@ class Examples:
     def batch(self, indices: NDArray[np.int64]) -> Batch:
         """The examples at ``indices``, padded to the longest of them."""
         lengths = self.lengths[indices]
-        ids = np.full((len(indices), int(lengths.max())), self._pad_id, np.int64)
+        ids = np.full((len(indices), int(lengths.max())), self.pad_id, np.int64)
         mask = np.arange(ids.shape[1]) < lengths[:, None]
         ids[mask] = self._concatenated(indices)
         labels = np.where(mask, ids, IGNORE) if self._classes is None else self._classes[indices]
@@ -139,3 +145,31 @@ class Order:
             bucket = bucket[np.argsort(self._lengths[bucket], kind="stable")]
             batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
         return [batches[i] for i in random.permutation(len(batches))]
+
+
+class Mixed:
+    """The batches of an :class:`Order`, with former examples in each: other ones every time, as far as there are more.
+
+    As an order it is a function of the seed and the batch's number alone.
+
+    Args:
+        lengths: of the new examples.
+        former: how many former examples there are, behind the new ones.
+        batch_size: examples a batch, of both.
+        replayed: how many of them are former ones; fewer where there are fewer.
+        seed: of both choices.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], former: int, batch_size: int, replayed: int, seed: int) -> None:
+        self._order = Order(lengths, batch_size - replayed, seed)
+        self._first, self._former = len(lengths), former
+        self._replayed = min(replayed, former)
+        self._seed = seed
+        self.batches_per_epoch = self._order.batches_per_epoch
+
+    def __getitem__(self, number: int) -> NDArray[np.int64]:
+        """The indices of batch ``number``, counted on through the epochs."""
+        # three numbers: another stream than that of any epoch's order
+        random = np.random.Generator(np.random.PCG64([self._seed, number, 1]))
+        former = self._first + random.choice(self._former, self._replayed, replace=False)
+        return np.concatenate([self._order[number], former])

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import peftrt
+from peftrt.continual import EWC
 from peftrt.finetune import checkpoint, models
+from peftrt.finetune.adapter import LABELS, adapter_files, put_adapter
 from peftrt.finetune.checkpoint import CHECKPOINT, RUN, Interrupts, write_json
 from peftrt.finetune.datasets import Dataset, load_dataset
 from peftrt.finetune.errors import Interrupted, RunError, UserError
-from peftrt.finetune.examples import Batch
+from peftrt.finetune.examples import Batch, Examples, Mixed
+from peftrt.finetune.former import choose_replayed, compared, consolidate
 from peftrt.finetune.optimizers import PAGED, Optim
 from peftrt.finetune.plots import plot_run
 from peftrt.finetune.progress import Progress, console, human_bytes, human_time, peak_memory
-from peftrt.finetune.settings import Settings
+from peftrt.finetune.settings import FILES, Settings
 from peftrt.finetune.tasks import (
     causal_lm_loss,
     classify_loss,
@@ -34,7 +37,7 @@ from peftrt.finetune.trainer import Plan, Trainer, steps_per_epoch
 if TYPE_CHECKING:
     from rich.console import Console
 
-METRICS, PLOT, LABELS = "metrics.json", "loss.png", "labels.json"
+METRICS, PLOT = "metrics.json", "loss.png"
 WRITTEN = (RUN, CHECKPOINT, METRICS, PLOT, LABELS, "adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -54,6 +57,8 @@ class Run:
     base: str
     interrupts: Interrupts = field(default_factory=Interrupts)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    ewc: EWC | None = None
+    former_before: dict[str, float] | None = None
 
     @classmethod
     def load(cls, settings: Settings, out: Console) -> Run:
@@ -72,7 +77,7 @@ class Run:
         else:
             model = models.load_causal_lm(settings.model, dtype)
         models.check_tokens(model, data.largest_token, settings.model)
-        report = _adapt(model.to(device), settings, whole)
+        report = put_adapter(model.to(device), settings, whole, lambda line: out.print(line, soft_wrap=True))
         for parameter in model.parameters():
             # Under autocast a head in fp32 costs nothing, and small steps are not rounded away.
             if parameter.requires_grad:
@@ -86,7 +91,7 @@ class Run:
     @cached_property
     def trainer(self) -> Trainer:
         settings = self.settings
-        each = steps_per_epoch(len(self.data.train), settings.batch_size, settings.grad_accum)
+        each = steps_per_epoch(len(self.data.train), settings.batch_size - settings.replayed, settings.grad_accum)
         steps = settings.steps if settings.steps is not None else settings.epochs * each
         plan = Plan(
             steps=steps,
@@ -103,7 +108,13 @@ class Run:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         backing = "host" if self.device.type == "cuda" or settings.optim_budget is None else Path(settings.out)
         optim = Optim(settings.optim, settings.optim_budget, backing)
-        return Trainer(trained, self.loss, self.data.train, plan, self.device, optim)
+        examples, order = self.data.train, None
+        if "replay" in self.data.former:
+            former = choose_replayed(self.data.former["replay"], settings)
+            order = Mixed(examples.lengths, len(former), settings.batch_size, settings.replayed, settings.seed)
+            examples = examples.joined(former)
+        penalty = None if self.ewc is None else self.ewc.penalty
+        return Trainer(trained, self.loss, examples, plan, self.device, optim, order, penalty)
 
     def forward(self, batch: Batch) -> Tensor:
         with self._precision():
@@ -117,15 +128,30 @@ class Run:
         if self.data.evaluation is None or any(e["step"] == self.trainer.step for e in self.evaluations):
             return False
 
+        self.evaluations.append({"step": self.trainer.step, **self.measure(self.data.evaluation)})
+        return True
+
+    def measure(self, examples: Examples) -> dict[str, float]:
+        """What the model as it is makes of examples."""
+
         def forward(batch: Batch) -> Tensor:
             self.stop_if_asked()
             return self.forward(batch)
 
         measure = evaluate_classify if self.settings.task == "classify" else evaluate_causal_lm
         with evaluating(self.model):
-            found = measure(forward, self.data.evaluation, 2 * self.settings.batch_size, self.device)
-        self.evaluations.append({"step": self.trainer.step, **found})
-        return True
+            return measure(forward, examples, 2 * self.settings.batch_size, self.device)
+
+    def look_back(self) -> None:
+        """Before the first step: how well the former task is known, and what it needs of the model."""
+        held_out = self.data.former_evaluation
+        if held_out is not None and self.former_before is None:
+            self.former_before = self.measure(held_out)
+            self.out.print(f"former task: held out {_figures(self.former_before)}", soft_wrap=True)
+        if "ewc" in self.data.former:
+            self.ewc = consolidate(self.model, self.forward, self.data.former["ewc"], self.settings, self.device)
+            kept = f"{self.ewc.samples[0]:,} examples, {human_bytes(self.ewc.nbytes)}"
+            self.out.print(f"EWC: what the former task needs, measured on {kept}", soft_wrap=True)
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted where a signal has come; a checkpoint of this step must be there."""
@@ -163,11 +189,14 @@ def finetune(given: dict[str, Any], *, resume: bool = False, overwrite: bool = F
     if saved.get("finished"):
         out.print(f"{directory}: the run is finished; nothing to do", soft_wrap=True)
         return
-    if saved and saved["data"] != _digests(settings):
-        raise UserError("--resume: the data has changed since the run began")
+    if saved and saved["data"] != (now := _digests(settings)):
+        same = all(saved["data"].get(name) == digest for name, digest in now.items() if name in FILES)
+        raise UserError(f"--resume: the {'adapter' if same else 'data'} has changed since the run began")
     begun = resume
     try:
         run = Run.load(settings, out)
+        run.former_before = saved.get("former")
+        run.look_back()
         if resume:
             _restore(run, directory, saved)
         else:
@@ -202,24 +231,6 @@ def _describe(run: Run) -> None:
         run.out.print(f"{run.settings.optim}: {held} of the device for the optimizer's state", soft_wrap=True)
 
 
-def _adapt(model: nn.Module, settings: Settings, whole: list[str]) -> Any:
-    targets = settings.target_modules
-    try:
-        config = peftrt.LoraConfig(
-            r=settings.r,
-            lora_alpha=2 * settings.r if settings.alpha is None else settings.alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=targets[0] if targets == ("all-linear",) else targets,
-            use_rslora=settings.rslora,
-            modules_to_save=whole or None,
-            task_type="SEQ_CLS" if settings.task == "classify" else "CAUSAL_LM",
-            base_model_name_or_path=settings.model,
-        )
-        return peftrt.adapt(model, config, quantize=None if settings.quantize == "none" else settings.quantize)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
 def _train(run: Run, directory: Path) -> None:
     trainer, settings = run.trainer, run.settings
     run.model.train()
@@ -251,7 +262,8 @@ def _finish(run: Run, directory: Path) -> None:
     if run.data.labels:
         write_json(directory / LABELS, list(run.data.labels))
     peftrt.save(run.model, directory)
-    title = f"{Path(run.settings.model).name}, {run.settings.task}, r = {run.settings.r}"
+    adapter = f"r = {run.settings.r}" if run.settings.adapter is None else f"from {Path(run.settings.adapter).name}"
+    title = f"{Path(run.settings.model).name}, {run.settings.task}, {adapter}"
     plot_run(directory / PLOT, trainer.history, run.evaluations, title)
     seconds = sum(step.seconds for step in trainer.history)
     tokens = sum(step.tokens for step in trainer.history)
@@ -267,6 +279,7 @@ def _finish(run: Run, directory: Path) -> None:
         "evaluation": run.evaluations[-1] if run.evaluations else None,
         "evaluations": run.evaluations,
         "history": [{"step": s.number, "loss": s.loss, "lr": s.rate, "tokens": s.tokens} for s in trainer.history],
+        **_of_former_task(run),
     }
     write_json(directory / METRICS, metrics)
     _write_run(run, directory, finished=True)
@@ -274,6 +287,20 @@ def _finish(run: Run, directory: Path) -> None:
     out = run.out
     out.print(f"{trainer.step} steps in {human_time(seconds)}, {tokens / seconds:,.0f} tokens/s", soft_wrap=True)
     out.print(f"the adapter is in {directory}: peftrt.load(model, {str(directory)!r}), or HF peft", soft_wrap=True)
+
+
+def _of_former_task(run: Run) -> dict[str, Any]:
+    """Of metrics.json, where there was a former task."""
+    metrics: dict[str, Any] = {}
+    if run.ewc is not None:
+        penalties = [step.penalty for step in run.trainer.history]
+        metrics["ewc"] = {"samples": run.ewc.samples[0], "bytes": run.ewc.nbytes, "penalties": penalties}
+    held_out, before = run.data.former_evaluation, run.former_before
+    if held_out is not None and before is not None:
+        after = run.measure(held_out)
+        metrics["former"] = compared(before, after, len(held_out))
+        run.out.print(f"former task: held out {_figures(after)}; before {_figures(before)}", soft_wrap=True)
+    return metrics
 
 
 def _begin(run: Run, directory: Path) -> None:
@@ -312,6 +339,7 @@ def _write_run(run: Run, directory: Path, finished: bool = False) -> None:
         "base": run.base,
         "machine": _machine(),
         "evaluations": run.evaluations,
+        "former": run.former_before,
     }
     write_json(directory / RUN, description)
 
@@ -322,7 +350,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _digests(settings: Settings) -> dict[str, str]:
-    paths = {"data": settings.data, "eval_data": settings.eval_data}
+    paths = {name: getattr(settings, name) for name in FILES}
+    if settings.adapter is not None:
+        paths |= {f"adapter {name}": settings.adapter + "/" + name for name in adapter_files(settings.task)}
     return {name: checkpoint.file_digest(Path(path)) for name, path in paths.items() if path is not None}
 
 

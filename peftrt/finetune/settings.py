@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from peftrt.finetune.adapter import check_adapter
 from peftrt.finetune.errors import UserError
 from peftrt.finetune.optimizers import PAGED
 from peftrt.finetune.records import check_file
@@ -14,6 +15,11 @@ from peftrt.formats.sizes import expect_bytes
 TASKS = ("classify", "causal-lm")
 # A resumed run may be given these anew; all else decides what comes out.
 FREE = ("save_every", "optim_budget")
+# Settings that are a file of examples.
+FILES = ("data", "eval_data", "ewc", "replay")
+# What means nothing without another option, and what an adapter brings along.
+NEEDS = {"ewc_lambda": "ewc", "ewc_samples": "ewc", "replay_share": "replay", "replay_size": "replay"}
+OF_ADAPTER = ("r", "alpha", "rslora", "lora_dropout", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,18 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     gradient_checkpointing: bool = False
+    adapter: str | None = None
+    ewc: str | None = None
+    ewc_lambda: float = 10000.0
+    ewc_samples: int = 200
+    replay: str | None = None
+    replay_share: float = 0.25
+    replay_size: int = 1000
 
     def check(self) -> None:
         """Raise UserError for what is wrong with the settings alone, before anything is loaded."""
-        for option, path in (("--data", self.data), ("--eval-data", self.eval_data)):
+        for name in FILES:
+            option, path = f"--{name.replace('_', '-')}", getattr(self, name)
             if path is not None:
                 check_file(Path(path), option)
                 if self.task == "classify" and path.lower().endswith(".txt"):
@@ -64,6 +78,15 @@ class Settings:
             raise UserError(f"--model: no such directory: {self.model}")
         if Path(self.model).is_dir() and not (Path(self.model) / "config.json").is_file():
             raise UserError(f"--model: {self.model} has no config.json: expected a Hugging Face model's directory")
+        if self.adapter is not None:
+            check_adapter(Path(self.adapter), self.task)
+        if self.ewc is not None and self.task == "classify" and self.adapter is None:
+            raise UserError("--ewc needs --adapter to classify: a new head is drawn at random and has nothing to keep")
+        if self.replay is not None and not 0 < self.replayed < self.batch_size:
+            raise UserError(
+                f"--replay-share {self.replay_share} of --batch-size {self.batch_size} must leave an example at least "
+                "for both tasks"
+            )
         if self.optim_budget is not None:
             if self.optim not in PAGED:
                 raise UserError(f"--optim-budget needs --optim {' or '.join(PAGED)}, not {self.optim}")
@@ -71,6 +94,11 @@ class Settings:
                 expect_bytes(self.optim_budget, "--optim-budget")
             except (TypeError, ValueError) as error:
                 raise UserError(str(error)) from None
+
+    @property
+    def replayed(self) -> int:
+        """Former examples in each batch."""
+        return round(self.replay_share * self.batch_size) if self.replay is not None else 0
 
     def warmup_steps(self, steps: int) -> int:
         """``warmup`` under 1 is a share of the run, otherwise a number of steps."""
@@ -83,8 +111,14 @@ class Settings:
             raise UserError("--epochs and --steps exclude each other")
         if "eval_data" in given and "eval_share" in given:
             raise UserError("--eval-data and --eval-share exclude each other")
+        for name, main in NEEDS.items():
+            if name in given and given.get(main) is None:
+                raise UserError(f"--{name.replace('_', '-')} needs --{main}")
+        for name in OF_ADAPTER:
+            if name in given and given.get("adapter") is not None:
+                raise UserError(f"--{name.replace('_', '-')} comes with --adapter: leave it away")
         values = dict(given)
-        for name in ("data", "eval_data", "out"):
+        for name in (*FILES, "adapter", "out"):
             if values.get(name) is not None:
                 values[name] = str(Path(values[name]).absolute())
         if looks_like_a_path(values["model"]) or Path(values["model"]).is_dir():
@@ -99,7 +133,8 @@ class Settings:
             raise UserError(f"--resume: the run was written by another version of peftrt: it has {unknown[0]!r}")
         try:
             settings = cls(**{**saved, "target_modules": tuple(saved["target_modules"])})
-            merged = cls.of({**{name: getattr(settings, name) for name in ("model", "data", "task", "out")}, **given})
+            begun = ("model", "data", "task", "out", "adapter", "ewc", "replay")
+            merged = cls.of({**{name: getattr(settings, name) for name in begun}, **given})
         except (TypeError, KeyError) as error:
             raise UserError(f"--resume: the run's settings are incomplete: {error}") from None
         for name in given.keys() - {"out"}:

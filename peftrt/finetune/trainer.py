@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.finetune.errors import RunError, UserError
-from peftrt.finetune.examples import Batch, Examples, Order
+from peftrt.finetune.examples import Batch, Examples, Mixed, Order
 from peftrt.finetune.optimizers import ENTRY, Optim, load_state, saved_state, state_bytes
 from peftrt.optim import param_groups
 
@@ -58,13 +58,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step that is done: its number from 1, mean loss, learning rate, tokens and seconds."""
+    """One optimizer step that is done: its number from 1, mean loss, learning rate, tokens and seconds; and what was
+    added to the loss.
+    """
 
     number: int
     loss: float
     rate: float
     tokens: int
     seconds: float
+    penalty: float = 0.0
 
 
 class Trainer:
@@ -84,6 +87,8 @@ class Trainer:
         plan: how.
         device: where the batches go.
         optim: which optimizer; which state it has is part of :meth:`state`, where it lies is not.
+        order: the examples of every batch; by default all of them, shuffled anew every epoch.
+        penalty: what is added to the loss of every step, fp32 ``[]``.
 
     Raises:
         UserError: the optimizer cannot be had.
@@ -97,6 +102,8 @@ class Trainer:
         plan: Plan,
         device: torch.device | str = "cpu",
         optim: Optim | None = None,
+        order: Order | Mixed | None = None,
+        penalty: Callable[[], Tensor] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.plan = plan
@@ -104,7 +111,8 @@ class Trainer:
         self._loss = loss
         self._examples = examples
         self._device = torch.device(device)
-        self._order = Order(examples.lengths, plan.batch_size, plan.seed)
+        self._order = order or Order(examples.lengths, plan.batch_size, plan.seed)
+        self._penalty = penalty
         groups = param_groups(
             self.parameters, 1.0, loraplus_lr_ratio=plan.loraplus_ratio, weight_decay=plan.weight_decay
         )
@@ -126,7 +134,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self._examples), self.plan.batch_size, self.plan.grad_accum)
+        return math.ceil(self._order.batches_per_epoch / self.plan.grad_accum)
 
     def __iter__(self) -> Iterator[Step]:
         while self.step < self.plan.steps:
@@ -141,10 +149,13 @@ class Trainer:
             loss = self._loss(batch.to(self._device)) / targets
             loss.backward()
             losses += loss.detach()
-        number, total = self.step + 1, float(losses)
+        number, total, penalty = self.step + 1, float(losses), self._add_penalty()
         if not math.isfinite(total):
             self._optimizer.zero_grad(set_to_none=True)
             raise RunError(f"the loss is {total} at step {number}: try a smaller --lr, or a longer --warmup")
+        if not math.isfinite(penalty):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise RunError(f"the penalty is {penalty} at step {number}: try a smaller --ewc-lambda, or a smaller --lr")
         if self.plan.max_grad_norm > 0 and not self._optim.clips:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.max_grad_norm)
         rate = self.plan.rate(self.step)
@@ -153,9 +164,17 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.tokens for batch in batches)
-        step = Step(number, total, rate, tokens, time.perf_counter() - start)
+        step = Step(number, total, rate, tokens, time.perf_counter() - start, penalty)
         self.history.append(step)
         return step
+
+    def _add_penalty(self) -> float:
+        """Add the penalty's gradient, once a step, however many batches it has."""
+        if self._penalty is None:
+            return 0.0
+        penalty = self._penalty()
+        penalty.backward()
+        return float(penalty.detach())
 
     def _batches(self, step: int) -> list[Batch]:
         """The batches of a step; the last step of an epoch takes what is left of it."""
@@ -174,6 +193,8 @@ class Trainer:
             state["random.cuda"] = torch.cuda.get_rng_state(self._device)
         rows = [[step.loss, step.rate, step.tokens, step.seconds] for step in self.history]
         state["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+        if self._penalty is not None:
+            state["penalties"] = torch.tensor([step.penalty for step in self.history], dtype=torch.float64)
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -191,7 +212,9 @@ class Trainer:
         if self._device.type == "cuda" and "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"], self._device)
         rows = state["history"].tolist()
-        self.history = [Step(i + 1, row[0], row[1], int(row[2]), row[3]) for i, row in enumerate(rows)]
+        penalties = state["penalties"].tolist() if "penalties" in state else [0.0] * len(rows)
+        pairs = zip(rows, penalties, strict=True)
+        self.history = [Step(i + 1, r[0], r[1], int(r[2]), r[3], penalty) for i, (r, penalty) in enumerate(pairs)]
 
 
 def steps_per_epoch(examples: int, batch_size: int, grad_accum: int) -> int:
