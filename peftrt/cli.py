@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=_Parser)
     _add_finetune(commands.add_parser("finetune", help="fine-tune a Hugging Face model on a file of examples"))
     _add_demo(commands.add_parser("demo", help="train and serve two adapters on a real model, offline, in minutes"))
+    _add_compare(commands.add_parser("compare", help="train by every method, and put them side by side"))
+    _add_estimate(commands.add_parser("estimate", help="what a run will take of the memory, before it is begun"))
     _add_info(commands.add_parser("info", help="what is built, for which devices, and which backend serves which op"))
     _add_build(commands.add_parser("build", help="compile the native code against the installed torch"))
     return parser
@@ -200,6 +202,107 @@ def _demo(options: dict[str, Any]) -> None:
     demo(Path(options["out"]))
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    from peftrt.compare.methods import METHODS
+    from peftrt.compare.settings import Settings as Comparison
+
+    parser.description = (
+        "Train one task by each method with the same number of steps, and compare accuracy, memory, speed, size and "
+        f"latency; then a second task, and what is forgotten of the first. Methods: {', '.join(METHODS)}. What is done "
+        "is kept: a second call goes on with what is missing."
+    )
+    parser.set_defaults(command=_compare, parser=parser)
+    defaults = {field.name: field.default for field in fields(Comparison)}
+
+    def add(name: str, help: str, **how: Any) -> None:
+        default = defaults.get(name[2:].replace("-", "_"))
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        text = help if shown is None else f"{help} (default: {shown})"
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
+
+    add("--out", "directory to write (default: compare-out)", metavar="DIR")
+    add("--model", "directory or Hub id (default: the demo's encoder)", metavar="DIR_OR_ID")
+    add("--data", "labelled examples, .jsonl or .csv (default: Python's docstrings)", metavar="FILE")
+    add("--task", "what to train for", choices=("classify",))
+    add("--text-column", "column of the text", metavar="NAME")
+    add("--label-column", "column of the label", metavar="NAME")
+    add("--second-label-column", "of a second task, for what is forgotten", metavar="NAME")
+    add("--eval-share", "share of --data held out by a hash of the text", type=_share, metavar="X")
+    add("--max-length", "tokens an example has at most", type=_count, metavar="N")
+    add("--methods", "which, with commas between (default: all)", type=_names, metavar="NAMES")
+    add("--forgetting", "methods that learn a second task", type=_names, metavar="NAMES")
+    add("--seeds", "trainings of each method", type=_count, metavar="N")
+    add("--steps", "of every training", type=_count, metavar="N")
+    add("--batch-size", "examples a step", type=_count, metavar="N")
+    add("--eval-limit", "held-out examples to measure on at most", type=_count, metavar="N")
+    add("--device", "cpu, cuda, cuda:1 or auto", metavar="NAME")
+    add("--threads", "of every training (default: torch's)", type=_count, metavar="N")
+    parser.add_argument("--quick", action="store_true", help="40 steps, one seed: at most 20 seconds a training")
+
+
+def _compare(options: dict[str, Any]) -> None:
+    # Before transformers is imported, here and in every training: it reads them once.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
+    if "model" not in options:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    from peftrt.compare.run import compare
+
+    for name in ("parser", "task"):
+        options.pop(name, None)
+    compare(Path(options.pop("out", "compare-out")), {name: value for name, value in options.items() if value})
+
+
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    from peftrt.estimate.memory import BYTES
+    from peftrt.estimate.methods import METHODS
+    from peftrt.estimate.shapes import PRESETS
+
+    parser.description = (
+        "What fine-tuning will take of the device's memory, from the model's sizes alone: no weight is loaded. "
+        f"A model is a directory with a config.json, or one of {', '.join(PRESETS)}."
+    )
+    parser.set_defaults(command=_estimate, parser=parser)
+
+    def add(name: str, help: str, default: Any = None, **how: Any) -> None:
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        parser.add_argument(
+            name, default=default, help=help if default is None else f"{help} (default: {shown})", **how
+        )
+
+    add("--model", "directory or preset", required=True, metavar="DIR_OR_NAME")
+    add("--method", "how it is trained", ("full", "lora", "qlora"), nargs="+", choices=METHODS, metavar="NAME")
+    add("--task", "what for (default: what the config.json says)", choices=TASKS)
+    add("--labels", "classes of --task classify", 2, type=_count, metavar="N")
+    add("--r", "LoRA's rank", 16, type=_count, metavar="N")
+    add("--target-modules", "modules LoRA adapts, or all-linear", ("all-linear",), nargs="+", metavar="NAME")
+    add("--reduction-factor", "hidden size over a bottleneck's (default: its placement's)", type=_positive, metavar="X")
+    add("--virtual-tokens", "of prefix and prompt tuning", 20, type=_count, metavar="N")
+    add("--quantize", "how frozen weights are kept (default: nf4 for qlora, else none)", choices=("nf4", "none"))
+    add("--dtype", "of weights and activations; mixed keeps fp32 copies of what is trained", "bf16", choices=BYTES)
+    add("--adapter-dtype", "of what is added", "fp32", choices=("fp32", "bf16"))
+    add("--optim", "as of finetune", "adamw", choices=OPTIMIZERS)
+    add("--optim-budget", "of the device, for a paged state, such as 64MiB", metavar="BYTES")
+    add("--batch-size", "examples a batch", 1, type=_count, metavar="N")
+    add("--max-length", "tokens an example has", 512, type=_count, metavar="N")
+    add("--grad-accum", "batches a step", 1, type=_count, metavar="N")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed twice")
+    add("--device", "where it runs", "cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _estimate(options: dict[str, Any]) -> None:
+    from peftrt.estimate.memory import Job
+    from peftrt.estimate.methods import Sizes
+    from peftrt.estimate.show import show
+
+    del options["parser"]
+    names = ",".join(options.pop("target_modules")).split(",")
+    model, task, labels = (options.pop(name) for name in ("model", "task", "labels"))
+    methods, as_json = dict.fromkeys(options.pop("method")), options.pop("json")
+    sizes = Sizes(options.pop("r"), tuple(names), options.pop("reduction_factor"), options.pop("virtual_tokens"))
+    show(model, task, labels, [Job(method, sizes, **options) for method in methods], as_json)
+
+
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.description = "What is built, for which devices, and which backend serves which operation."
     parser.set_defaults(command=_info, parser=parser)
@@ -244,6 +347,13 @@ def _count(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 on")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
+    return names
 
 
 def _share(text: str) -> float:

@@ -4,6 +4,7 @@ from peftrt.adapters.activation import active_adapters, adapter_names, remove, r
 from peftrt.adapters.attach import adapt
 from peftrt.adapters.bottleneck_config import BottleneckConfig
 from peftrt.adapters.combining import add_weighted_adapter
+from peftrt.adapters.conventional_config import FeatureExtraction, FullFineTuning, OutputLayer
 from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
 from peftrt.adapters.fusing import fuse
@@ -21,8 +22,11 @@ __all__ = [
     "AdaptedSite",
     "BottleneckConfig",
     "Explanation",
+    "FeatureExtraction",
+    "FullFineTuning",
     "IA3Config",
     "LoraConfig",
+    "OutputLayer",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "SiteChoice",

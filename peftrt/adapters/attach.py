@@ -16,7 +16,7 @@ from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.fusing import fuse as lay_siblings_together
 from peftrt.adapters.fusing import quantized_together, siblings
 from peftrt.adapters.method import AdapterTensors
-from peftrt.adapters.methods import method_of
+from peftrt.adapters.methods import expect_room, method_of
 from peftrt.adapters.plan import Plan, quantizable, with_task_heads
 from peftrt.adapters.report import AdaptReport, make_report, model_bytes
 from peftrt.adapters.saved import SavedModule
@@ -100,6 +100,7 @@ def adapt(
     state = find_state(model) or ModelAdapters()
     check_new_name(name, state.configs)
     state.expect_unmerged("adapt")
+    expect_room(state.configs, method, "adapt")
     storage = (
         {"quantize": quantize, "block_size": block_size, "double_quant": double_quant}
         if quantize
@@ -108,7 +109,7 @@ def adapt(
     stays = quantize is None and not method.wraps_layers
     if state.storage is not None and state.storage != storage and not stays:
         raise ValueError(f"adapt: the model's layers were adapted with {_shown(state.storage)}, got {_shown(storage)}")
-    config = with_task_heads(model, config)
+    config = method.complete(model, with_task_heads(model, config))
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=base_model_name(model))
     plan = method.plan(model, config, state)

@@ -38,6 +38,7 @@ class SiteChoice:
         reasons: backend -> why it does not serve the site.
         first: what serves an operation that has to run before: the norms that DoRA divides by.
         layers: how many are multiplied in the call, see :func:`peftrt.fuse`.
+        note: what there is to say beside that.
     """
 
     op: str
@@ -45,11 +46,13 @@ class SiteChoice:
     reasons: dict[str, str] = field(default_factory=dict)
     first: SiteChoice | None = None
     layers: int = 1
+    note: str = ""
 
     def __str__(self) -> str:
         against = "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
         together = f", {self.layers} layers in one call" if self.layers > 1 else ""
-        return f"{self.op} by {self.backend}{together}{against}" + (f"; after {self.first}" if self.first else "")
+        after = f"; after {self.first}" if self.first else ""
+        return f"{self.op} by {self.backend}{together}{against}{after}" + (f": {self.note}" if self.note else "")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def site_choice(layer: nn.Module) -> SiteChoice:
     """What serves one row through the layer, with the adapters that are active."""
     if isinstance(layer, HookedAdapters):
         call = layer.example()
-        return SiteChoice(layer.kind, "torch") if call is None else _call_choice(call[0], call[1:], {})
+        if call is None:
+            return SiteChoice(layer.kind, "torch", note=layer.note())
+        return _call_choice(call[0], call[1:], {})
     assert isinstance(layer, AdapterLinear | NF4Linear)
     if isinstance(layer, LoRAEmbedding):
         # a few rows are gathered: there is nothing for a kernel of its own to save

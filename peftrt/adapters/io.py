@@ -12,7 +12,7 @@ from torch import nn
 from peftrt.adapters.activation import activate, detach
 from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dense
 from peftrt.adapters.config import AdapterConfig
-from peftrt.adapters.methods import method_of
+from peftrt.adapters.methods import expect_room, method_of
 from peftrt.adapters.reading import read_adapter, warn_of_differences
 from peftrt.adapters.state import (
     ModelAdapters,
@@ -118,6 +118,7 @@ def load(
     expect_data(model, "load")
     found = read_adapter(model, state, path, name, subfolder=subfolder, allow_nonfinite=allow_nonfinite)
     config, plan = found.config, found.plan
+    expect_room({other: kept for other, kept in state.configs.items() if other != name}, found.method, "load")
     warn_of_differences(model, found, stacklevel=3)
     with all_or_nothing(model):
         active = dict(state.active)

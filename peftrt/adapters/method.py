@@ -39,11 +39,17 @@ class Method(ABC, Generic[C, T]):
         wraps_layers: whether ``Plan.paths`` are linear layers or embeddings, in whose place come layers that hold
             adapters; otherwise the method acts from outside, and a plan's ``hosts`` say where.
         changes_weights: whether an adapter is a change of weights, which can be merged into them and exported.
+        alone: whether no other adapter can be beside one, because it changes the base itself.
     """
 
     config_type: ClassVar[type[AdapterConfig]]
     wraps_layers: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+
+    def complete(self, model: nn.Module, config: C) -> C:
+        """The configuration with what the model decides, where it leaves that open."""
+        return config
 
     @abstractmethod
     def plan(self, model: nn.Module, config: C, state: ModelAdapters) -> Plan:

@@ -24,7 +24,7 @@ from peftrt.nn.lora_embedding import NO_DORA, refused_start
 from peftrt.nn.source import is_conv1d, unsuitable, unsuitable_embedding
 
 # peft's names of the heads that a task trains whole, because they come untrained.
-_HEADS = {
+HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -63,7 +63,7 @@ class Plan:
 def with_task_heads(model: nn.Module, config: C) -> C:
     """``config`` with the heads of its ``task_type`` among ``modules_to_save``, as peft's model classes add them."""
     paths = [path for path, _ in model.named_modules() if path and "copy@" not in path]
-    heads = [name for name in _HEADS.get(config.task_type or "", ()) if any(path.endswith(name) for path in paths)]
+    heads = [name for name in HEADS.get(config.task_type or "", ()) if any(path.endswith(name) for path in paths)]
     present = tuple(config.modules_to_save or ())
     missing = tuple(name for name in heads if name not in present)
     return replace(config, modules_to_save=present + missing) if missing else config

@@ -84,7 +84,7 @@ class AdaptReport:
             rows.append((path, f"{len(paths)}x", f"{n} x {k}", "" if r is None else str(r), storage, served))
             if note:
                 notes.append(f"  dense: {path}: {note}")
-        lines += table(rows)
+        lines += table(rows) if self.sites else []
         lines += notes
         if self.saved:
             lines.append(f"  trained whole: {', '.join(self.saved)}")

@@ -89,6 +89,11 @@ class Examples:
     def tokens(self) -> int:
         return len(self._tokens)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All that examples are made of again, but for ``pad_id``: ``tokens``, ``lengths`` and ``classes``, if any."""
+        found: dict[str, NDArray[Any]] = {"tokens": self._tokens, "lengths": self.lengths}
+        return found if self._classes is None else {**found, "classes": self._classes}
+
     @property
     def largest_token(self) -> int:
         return int(self._tokens.max())

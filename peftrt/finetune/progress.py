@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -62,9 +63,13 @@ class Progress:
         title: what is running.
         steps: how many in all.
         done: how many of them before this run.
+        memory: the peak to show, where it is not this process's.
     """
 
-    def __init__(self, out: Console, title: str, steps: int, done: int = 0) -> None:
+    def __init__(
+        self, out: Console, title: str, steps: int, done: int = 0, memory: Callable[[], int] = peak_memory
+    ) -> None:
+        self._memory = memory
         self._out = out
         self._title = title
         self._steps = steps
@@ -112,7 +117,7 @@ class Progress:
     def _fields(self) -> dict[str, Any]:
         speed = self._tokens / self._seconds if self._seconds else 0.0
         loss = f"{self._loss:.4f}" if self._seconds else "-"
-        return {"loss": loss, "speed": f"{speed:,.0f}", "memory": human_bytes(peak_memory())}
+        return {"loss": loss, "speed": f"{speed:,.0f}", "memory": human_bytes(self._memory())}
 
 
 def _bar(out: Console) -> rich.progress.Progress:

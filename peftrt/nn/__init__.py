@@ -3,6 +3,7 @@
 from peftrt.nn.adapter import Adapter
 from peftrt.nn.adapter_linear import AdapterLinear
 from peftrt.nn.bottleneck import Bottleneck
+from peftrt.nn.features import Features, FeatureStats
 from peftrt.nn.holder import AdapterHolder
 from peftrt.nn.hooked import HookedAdapters
 from peftrt.nn.ia3 import IA3Adapter
@@ -11,6 +12,7 @@ from peftrt.nn.lora_embedding import LoRAEmbedding
 from peftrt.nn.lora_linear import LoRALinear, QLoRALinear
 from peftrt.nn.nf4_linear import NF4Linear
 from peftrt.nn.routing import AdapterSet, Routing, routed
+from peftrt.nn.whole import WholeModel
 
 __all__ = [
     "Adapter",
@@ -18,6 +20,8 @@ __all__ = [
     "AdapterLinear",
     "AdapterSet",
     "Bottleneck",
+    "FeatureStats",
+    "Features",
     "HookedAdapters",
     "IA3Adapter",
     "IA3Linear",
@@ -26,5 +30,6 @@ __all__ = [
     "NF4Linear",
     "QLoRALinear",
     "Routing",
+    "WholeModel",
     "routed",
 ]

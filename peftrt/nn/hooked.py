@@ -103,6 +103,10 @@ class HookedAdapters(AdapterHolder):
         """The operation that serves one row through an adapter held here, by name, and its arguments; None: torch's."""
         return None
 
+    def note(self) -> str:
+        """What there is to say of the adapters here beside what serves them."""
+        return ""
+
     @property
     def active(self) -> str | None:
         """The adapter that acts where no routing is open."""

@@ -20,7 +20,9 @@ from peftrt.ops._define import OPS
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
-        (["--help"], ["finetune", "demo", "info", "build"]),
+        (["--help"], ["finetune", "demo", "compare", "estimate", "info", "build"]),
+        (["estimate", "--help"], ["--method", "llama-65b", "default: 512"]),
+        (["compare", "--help"], ["--methods", "qlora-16", "default: 300", "--quick"]),
         (["finetune", "--help"], ["--model", "default: all-linear", "default: 0.05", "--resume"]),
         (["demo", "--help"], ["--out", "demo-out"]),
         (["info", "--help"], ["--json"]),

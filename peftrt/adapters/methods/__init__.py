@@ -8,13 +8,23 @@ from typing import Any
 from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.method import Method
 from peftrt.adapters.methods.bottleneck import BottleneckMethod
+from peftrt.adapters.methods.conventional import Everything, Head, HeadOverFeatures
 from peftrt.adapters.methods.ia3 import IA3
 from peftrt.adapters.methods.lora import Lora
 from peftrt.adapters.methods.prefix import PrefixMethod
 from peftrt.adapters.methods.prompt import PromptMethod
 from peftrt.adapters.peft_fields import expect_kind
 
-METHODS: tuple[Method[Any, Any], ...] = (Lora(), BottleneckMethod(), PrefixMethod(), PromptMethod(), IA3())
+METHODS: tuple[Method[Any, Any], ...] = (
+    Lora(),
+    BottleneckMethod(),
+    PrefixMethod(),
+    PromptMethod(),
+    IA3(),
+    Head(),
+    HeadOverFeatures(),
+    Everything(),
+)
 
 
 def method_of(config: AdapterConfig) -> Method[Any, Any]:
@@ -28,6 +38,17 @@ def method_of(config: AdapterConfig) -> Method[Any, Any]:
             return method
     known = ", ".join(f"peftrt.{method.config_type.__name__}" for method in METHODS)
     raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
+
+
+def expect_room(existing: Mapping[str, AdapterConfig], method: Method[Any, Any], where: str) -> None:
+    """Raise ValueError where an adapter of ``method`` cannot be beside those that there are."""
+    for name, config in existing.items():
+        if method.alone or method_of(config).alone:
+            whole = "the new one" if method.alone else f"adapter {name!r}"
+            raise ValueError(
+                f"{where}: {whole} is full fine-tuning, which changes the base that other adapters stand on: call "
+                f"peftrt.remove(model, {name!r}) first"
+            )
 
 
 def method_of_file(values: Mapping[str, Any], source: str) -> Method[Any, Any]:

@@ -1,0 +1,136 @@
+"""The methods that are compared: the configuration of each, and the learning rate that it is given.
+
+One rate for all would compare rates, not methods: a prompt of twenty rows needs a hundred times that of a whole model.
+
+Those "of the sweep" were the best of two or three, each three times the one before: 60 steps of 8 of the demo's
+docstrings, their packages to tell, one seed (on a CPU, November 2026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import peftrt
+from peftrt.finetune.errors import UserError
+
+FULL, HEAD, BODY = "model", "head", "body"
+# What IA3 scales, by how families of models call it: the projections of keys and values, and the feed-forward network's
+# second map, last (Liu et al. 2022, section 3.3; HF peft has the same lists).
+_IA3_NAMES = (
+    ("key", "value", "output.dense"),
+    ("k_proj", "v_proj", "down_proj"),
+    ("k_proj", "v_proj", "fc2"),
+    ("k_lin", "v_lin", "ffn.lin2"),
+    ("c_attn", "mlp.c_proj"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        name: on the command line and in the table.
+        config: the configuration's class, a public name of peftrt.
+        fields: what it is made with.
+        lr: the highest learning rate.
+        source: where that is from.
+        quantize: how the frozen weights are kept, "nf4" or None.
+        place: what is adapted: the model; its head alone; or its body, beside which the head is trained.
+    """
+
+    name: str
+    config: str
+    lr: float
+    source: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
+    place: str = BODY
+
+    @property
+    def available(self) -> bool:
+        return hasattr(peftrt, self.config)
+
+    def make(self, body: nn.Module, head: Sequence[str]) -> Any:
+        """The configuration for a model with this body; ``head`` are the paths of the modules that are its head.
+
+        Raises:
+            UserError: it is not known what IA3 would scale.
+        """
+        fields = dict(self.fields)
+        if self.place == HEAD:
+            fields["modules"] = tuple(head)
+        if self.name == "ia3":
+            names = _ia3_names(body)
+            fields |= {"target_modules": names, "feedforward_modules": names[-1:]}
+        return getattr(peftrt, self.config)(**fields)
+
+
+def _lora(r: int, quantize: str | None = None) -> Method:
+    name = f"lora-{r}" if quantize is None else f"qlora-{r}"
+    fields = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"}
+    return Method(name, "LoraConfig", 3e-3, "of the sweep", fields, quantize)
+
+
+def _bottleneck(placement: str, lr: float, source: str) -> Method:
+    return Method(placement, "BottleneckConfig", lr, source, {"placement": placement})
+
+
+def _ia3_names(body: nn.Module) -> tuple[str, ...]:
+    paths = [path for path, _ in body.named_modules()]
+    for names in _IA3_NAMES:
+        if all(any(path.endswith("." + name) for path in paths) for name in names):
+            return names
+    raise UserError(f"ia3: {type(body).__name__} has none of the modules that are known to be scaled: leave it out")
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full", "FullFineTuning", 3e-4, "of the sweep", place=FULL),
+        Method("output-layer", "OutputLayer", 3e-2, "of the sweep", place=HEAD),
+        Method("feature-extraction", "FeatureExtraction", 3e-2, "the output layer's", place=HEAD),
+        _lora(4),
+        _lora(8),
+        _lora(16),
+        _lora(64),
+        _lora(16, "nf4"),
+        _bottleneck("houlsby", 3e-3, "of the sweep; Houlsby et al. 2019 (arXiv:1902.00751) try 3e-5 to 3e-3"),
+        _bottleneck("pfeiffer", 3e-3, "houlsby's"),
+        Method(
+            "prefix",
+            "PrefixTuningConfig",
+            1e-2,
+            "Liu et al. 2021 (arXiv:2110.07602), section 4: 5e-3 to 1e-2",
+            {"num_virtual_tokens": 20},
+        ),
+        Method(
+            "prompt",
+            "PromptTuningConfig",
+            3e-2,
+            "Lester et al. 2021 (arXiv:2104.08691), section 3: 0.3 by Adafactor, AdamW's is lower",
+            {"num_virtual_tokens": 20},
+        ),
+        Method("ia3", "IA3Config", 3e-3, "Liu et al. 2022 (arXiv:2205.05638), section 3.5"),
+    )
+}
+
+
+def choose(names: Sequence[str] | None) -> list[Method]:
+    """The methods of these names, or all that there are.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if names is None:
+        return [method for method in METHODS.values() if method.available]
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"--methods: no method {name!r}; there are {', '.join(METHODS)}")
+        if not METHODS[name].available:
+            raise UserError(f"--methods: {name} needs peftrt.{METHODS[name].config}, which this peftrt has not")
+    return [METHODS[name] for name in dict.fromkeys(names)]
