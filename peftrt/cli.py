@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="train and serve two adapters on a real model, offline, in minutes"))
     _add_compare(commands.add_parser("compare", help="train by every method, and put them side by side"))
     _add_estimate(commands.add_parser("estimate", help="what a run will take of the memory, before it is begun"))
+    _add_convert(commands.add_parser("convert", help="an adapter of HF peft as one of AdapterHub, or the other way"))
     _add_info(commands.add_parser("info", help="what is built, for which devices, and which backend serves which op"))
     _add_build(commands.add_parser("build", help="compile the native code against the installed torch"))
     return parser
@@ -301,6 +302,30 @@ def _estimate(options: dict[str, Any]) -> None:
     methods, as_json = dict.fromkeys(options.pop("method")), options.pop("json")
     sizes = Sizes(options.pop("r"), tuple(names), options.pop("reduction_factor"), options.pop("virtual_tokens"))
     show(model, task, labels, [Job(method, sizes, **options) for method in methods], as_json)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from peftrt.convert import TARGETS
+
+    parser.description = (
+        "Write an adapter of HF peft in AdapterHub's form, or the other way round. What the two compute differently is "
+        "refused, with the reason. Of the base model only its configuration is read."
+    )
+    parser.set_defaults(command=_convert, parser=parser)
+    parser.add_argument("source", metavar="SRC", help="directory of the adapter")
+    parser.add_argument("target", metavar="DST", help="directory to write")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="whose form to write")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="base model, or its config.json (default: the one that the adapter names)"
+    )
+    parser.add_argument("--name", default="default", help="the adapter's in AdapterHub's files (default: default)")
+
+
+def _convert(options: dict[str, Any]) -> None:
+    from peftrt.convert import convert
+
+    del options["parser"]
+    convert(**options)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     # the public names, gathered
     "__init__": {"formats", "ops", "nn", "optim", "adapters", "serving", "continual"},
 }
-TOP = {"cli", "__main__", "info", "finetune", "demo", "estimate", "compare"}
+TOP = {"cli", "__main__", "info", "finetune", "demo", "estimate", "compare", "convert"}
 TOP_MAY = {*ALLOWED, *TOP}
 ALLOWED |= dict.fromkeys(TOP, TOP_MAY)
 

@@ -1,4 +1,4 @@
-"""save and load: adapters as the directories that HF peft writes and reads."""
+"""save and load: adapters as the directories that HF peft writes and reads, and AdapterHub's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftrt.adapters.activation import activate, detach
+from peftrt.adapters.adapterhub import to_hub
 from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dense
 from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.methods import expect_room, method_of
@@ -25,13 +26,17 @@ from peftrt.adapters.state import (
     saved_modules,
     unwrap,
 )
+from peftrt.formats.adapterhub_dir import write_adapterhub_dir
 from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.formats.peft_dir import write_peft_dir
 
+FORMATS = ("peft", "adapterhub")
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None, format: str = "peft") -> None:
     """Write an adapter as a directory that HF peft 0.21 and peftrt load: ``adapter_config.json``,
-    ``adapter_model.safetensors``.
+    ``adapter_model.safetensors``; or as one that AdapterHub 1.3 and peftrt load: ``adapter_config.json``,
+    ``adapter.safetensors``.
 
     The files are at ``path`` itself, whatever the adapter's name. An adapter that is there is replaced whole or not at
     all. One that began with PiSSA is written as the change of the original weight that it makes, of twice its rank, so
@@ -40,15 +45,21 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     Args:
         model: a model with adapters.
         path: the directory, made where missing.
-        name: of the adapter; may be left out where there is one, or one is active.
+        name: of the adapter; may be left out where there is one, or one is active. AdapterHub's files have it in them.
+        format: "peft", or "adapterhub" for LoRA, IA3 on attention, prefixes whose positions are not shifted and
+            bottlenecks, on models built as BERT, GPT-2, Llama or T5 are; AdapterHub loads it with
+            ``use_safetensors=True``.
 
     Raises:
-        ValueError: no such adapter, or none is named among several.
+        ValueError: no such adapter, or none is named among several; UnsupportedError for one that AdapterHub's form
+            has no words for, with what is in the way.
         OSError: the directory cannot be written; what was there is intact.
 
     Warns:
         UserWarning: the adapter began with LoftQ: it belongs to the NF4 base that was made with it.
     """
+    if format not in FORMATS:
+        raise ValueError(f"save: format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
     state = expect_state(model, "save")
     name = _the_one(state, name, "save")
     model = unwrap(model)
@@ -66,7 +77,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             stacklevel=2,
         )
     base = base_model_name(model) or config.base_model_name_or_path
-    write_peft_dir(path, dataclasses.replace(config, base_model_name_or_path=base).to_peft_dict(), tensors)
+    values = dataclasses.replace(config, base_model_name_or_path=base).to_peft_dict()
+    if format == "adapterhub":
+        write_adapterhub_dir(path, *to_hub(model, name, values, tensors))
+    else:
+        write_peft_dir(path, values, tensors)
 
 
 def load(
@@ -80,16 +95,16 @@ def load(
     allow_nonfinite: bool = False,
     adapter_dtype: torch.dtype = torch.float32,
 ) -> AdapterConfig:
-    """Read an adapter that HF peft or peftrt saved, under a name, without activating it.
+    """Read an adapter that HF peft, AdapterHub or peftrt saved, under a name, without activating it.
 
     A model without adapters gets them: its dense layers are wrapped, not quantised, and frozen. Everything is read and
     checked before the model is changed; after an error it is as it was.
 
     Args:
         model: any module; one adapted with ``quantize="nf4"`` too.
-        path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or one whose only subfolder
-            with them, or whose subfolder called ``name``, is meant (peft saves adapters not called "default" in
-            subfolders).
+        path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or AdapterHub's
+            ``adapter.safetensors``, or one whose only subfolder with them, or whose subfolder called ``name``, is
+            meant (peft saves adapters not called "default" in subfolders).
         name: of the adapter in the model.
         subfolder: of ``path``, where it is none of those.
         trainable: whether it requires gradients.
@@ -107,7 +122,8 @@ def load(
 
     Warns:
         UserWarning: the adapter was made for a base of another name, or for the NF4 base that LoftQ made with it; or
-            the file holds an embedding or a head, as peft writes them along, that is not the model's, which is kept.
+            the file holds an embedding or a head, as peft writes them along, that is not the model's, which is kept;
+            or AdapterHub wrote a head beside it, which is not read.
     """
     if adapter_dtype not in FLOAT_DTYPES:
         raise TypeError(f"load: adapter_dtype must be fp32, bf16 or fp16, got {adapter_dtype!r}")

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peftrt.adapters.adapterhub import read_from_hub
 from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.method import AdapterTensors, Method
 from peftrt.adapters.methods import method_of_file
 from peftrt.adapters.plan import Plan, expect_module, own_modules
 from peftrt.adapters.saved import SavedModule, check_tensors
 from peftrt.adapters.state import ModelAdapters, base_model_name
+from peftrt.formats.adapterhub_dir import is_adapterhub_dir
 from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.peft_dir import CONFIG_NAME, find_peft_dir, read_peft_dir
 from peftrt.nn import AdapterLinear
@@ -25,7 +27,7 @@ class FoundAdapter(NamedTuple):
 
     Attributes:
         directory: with the two files themselves.
-        values: the configuration's JSON object.
+        values: the configuration's JSON object, in peft's form.
         tensors: by peft's keys.
         method: of the configuration.
         config, parts: the two, checked.
@@ -62,12 +64,34 @@ def read_adapter(
         FormatError (a ValueError): as of :func:`peftrt.load`.
     """
     directory = _directory(path, name, subfolder, root)
-    values, tensors = read_peft_dir(directory, name="default", root=root, allow_nonfinite=allow_nonfinite)
+    values, tensors = read_files(model, directory, root=root, allow_nonfinite=allow_nonfinite)
     method = method_of_file(values, os.path.join(directory, CONFIG_NAME))
     config, parts = method.parse(values, tensors, directory)
     plan = method.fit(model, config, state, parts, directory)
     plan.saved = _fit_saved(dict(own_modules(model)), parts, directory)
     return FoundAdapter(directory, values, tensors, method, config, parts, plan)
+
+
+def read_files(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The contents of an ``adapter_config.json`` and the tensors, in peft's form whoever wrote them.
+
+    Args:
+        model: the base, which tells what AdapterHub's names mean; it is not changed.
+        directory: with the two files themselves.
+        root, allow_nonfinite: as of ``read_adapter``.
+
+    Raises:
+        FormatError: a file is bad, or AdapterHub's adapter does not fit the model or is not supported.
+    """
+    if is_adapterhub_dir(directory):
+        return read_from_hub(model, directory, root=root, allow_nonfinite=allow_nonfinite)
+    return read_peft_dir(directory, name="default", root=root, allow_nonfinite=allow_nonfinite)
 
 
 def warn_of_differences(model: nn.Module, found: FoundAdapter, stacklevel: int) -> None:

@@ -1,38 +1,22 @@
-"""HF peft's adapter directories: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
-
-Replacing an adapter takes two renames, so a marker file stands in the directory between them. A reader that meets the
-marker waits and reads again: it gets the old adapter or the new one, never the weights of one with the configuration of
-the other. A marker that stays belongs to a save that was killed; saving again removes it.
-"""
+"""HF peft's adapter directories: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from peftrt.formats._files import RegularFile, commit, discard, stage, sync_directory
-from peftrt.formats._header import CONVERT_HINT
-from peftrt.formats._json import loads_strict
-from peftrt.formats.errors import FormatError, MissingFileError, UnsafeFileError
+from peftrt.formats._pair import CONFIG_NAME, PEFT, read_pair, write_pair
+from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.names import require_inside, resolve_inside
-from peftrt.formats.safe import MAX_BYTES, MAX_TENSORS, TensorReader, stage_tensors
+from peftrt.formats.safe import MAX_BYTES, MAX_TENSORS
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 README_NAME = "README.md"
-MARKER_NAME = ".adapter_being_replaced"
-MAX_CONFIG_BYTES = 4 << 20
 KEY_PREFIX = "base_model.model."
 
-_ATTEMPTS = 20
-_WAIT_SECONDS = 0.05
 _MAX_ENTRIES = 100_000
 
 # What follows the module's path in a key, and the part of the adapter it is.
@@ -134,25 +118,8 @@ def read_peft_dir(
         FormatError: a file is not as it must be, or the choice is ambiguous.
     """
     directory = find_peft_dir(path, name=name, root=root)
-    options: dict[str, Any] = {
-        "root": root,
-        "max_tensors": max_tensors,
-        "max_bytes": max_bytes,
-        "allow_nonfinite": allow_nonfinite,
-    }
-    marker = os.path.join(directory, MARKER_NAME)
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_WAIT_SECONDS)
-        if os.path.lexists(marker):
-            continue
-        result = _read_pair(directory, marker, options)
-        if result is not None:
-            return result
-    raise FormatError(
-        f"{directory}: the adapter is being replaced, or a save was killed half-way ({MARKER_NAME} is there): its "
-        f"files may not belong together; save it again"
-    )
+    options = {"root": root, "max_tensors": max_tensors, "max_bytes": max_bytes, "allow_nonfinite": allow_nonfinite}
+    return read_pair(directory, PEFT, options)
 
 
 def find_peft_dir(
@@ -203,26 +170,11 @@ def write_peft_dir(
             stored.
         OSError: the disk is full or cannot be written; what was there before is intact.
     """
-    directory = os.fspath(path)
-    if os.path.lexists(directory) and not os.path.isdir(directory):
-        raise FormatError(f"{directory}: expected a directory to save in, got a file")
-    text = _config_text(directory, config)
-    missing = _missing_directories(directory)
-    staged: dict[str, str] = {}
-    try:
-        os.makedirs(directory, exist_ok=True)
-        page = default_readme(config) if readme is None else readme
-        staged[README_NAME] = _stage_text(os.path.join(directory, README_NAME), page)
-        staged[WEIGHTS_NAME] = stage_tensors(os.path.join(directory, WEIGHTS_NAME), tensors, {"format": "pt"})
-        staged[CONFIG_NAME] = _stage_text(os.path.join(directory, CONFIG_NAME), text)
-        _swap(directory, staged)
-    except BaseException:
-        for temporary in staged.values():
-            discard(temporary)
-        for made in missing:
-            with contextlib.suppress(OSError):
-                os.rmdir(made)
-        raise
+    if not isinstance(config.get("peft_type"), str):
+        where = os.path.join(os.fspath(path), CONFIG_NAME)
+        raise FormatError(f"{where}: 'peft_type' must be a string, got {config.get('peft_type')!r}")
+    page = default_readme(config) if readme is None else readme
+    write_pair(path, PEFT, config, tensors, {README_NAME: page})
 
 
 def default_readme(config: Mapping[str, Any]) -> str:
@@ -236,33 +188,6 @@ def default_readme(config: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "Saved by peftrt; HF peft and peftrt load this directory.", ""])
 
 
-def _read_pair(
-    directory: str, marker: str, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    config_path = os.path.join(directory, CONFIG_NAME)
-    weights_path = os.path.join(directory, WEIGHTS_NAME)
-    with RegularFile(config_path, options["root"]) as file:
-        if file.size > MAX_CONFIG_BYTES:
-            raise FormatError(f"{config_path}: {file.size} bytes, at most {MAX_CONFIG_BYTES} are accepted")
-        config = loads_strict(file.read(file.size, 0), config_path)
-        file.verify_unchanged()
-        if not isinstance(config, dict):
-            raise FormatError(f"{config_path}: expected a JSON object, got {type(config).__name__}")
-        if not os.path.lexists(weights_path):
-            _explain_missing_weights(directory)
-        with TensorReader(weights_path, **options) as reader:
-            tensors = {key: reader.read(key) for key in reader.entries}
-            # The marker is looked at first: a replacement that ends after this look changes one of the two files.
-            settled = not os.path.lexists(marker) and file.is_current() and reader.file.is_current()
-    return (config, tensors) if settled else None
-
-
-def _explain_missing_weights(directory: str) -> None:
-    if os.path.lexists(os.path.join(directory, PICKLE_NAME)):
-        raise UnsafeFileError(f"{os.path.join(directory, PICKLE_NAME)}: the weights are a pickle: {CONVERT_HINT}")
-    raise MissingFileError(f"{os.path.join(directory, WEIGHTS_NAME)}: no such file")
-
-
 def _holds_adapter(directory: str) -> bool:
     return os.path.lexists(os.path.join(directory, CONFIG_NAME))
 
@@ -274,70 +199,3 @@ def _subfolders(top: str) -> list[str]:
             f"{top}: {len(names)} entries, at most {_MAX_ENTRIES} are searched; name the adapter's directory"
         )
     return sorted(name for name in names if _holds_adapter(os.path.join(top, name)))
-
-
-def _config_text(directory: str, config: Mapping[str, Any]) -> str:
-    where = os.path.join(directory, CONFIG_NAME)
-    if not isinstance(config.get("peft_type"), str):
-        raise FormatError(f"{where}: 'peft_type' must be a string, got {config.get('peft_type')!r}")
-    try:
-        return json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{where}: the configuration cannot be written as JSON: {error}") from error
-
-
-def _stage_text(path: str, text: str) -> str:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-
-    return stage(path, write)
-
-
-def _missing_directories(directory: str) -> list[str]:
-    missing = []
-    current = os.path.abspath(directory)
-    while not os.path.lexists(current):
-        missing.append(current)
-        current = os.path.dirname(current)
-    return missing
-
-
-def _swap(directory: str, staged: dict[str, str]) -> None:
-    """Rename the staged files into place, with the marker up while the two that belong together differ."""
-    weights, config = os.path.join(directory, WEIGHTS_NAME), os.path.join(directory, CONFIG_NAME)
-    marker = os.path.join(directory, MARKER_NAME)
-    if os.path.lexists(config):
-        with open(marker, "w", encoding="utf-8") as file:
-            file.write("The adapter here is being replaced. If no process is doing that, save it again.\n")
-        sync_directory(directory)
-    backup = _link_beside(weights, staged[WEIGHTS_NAME])
-    mixed = False
-    try:
-        mixed = True
-        commit(staged.pop(WEIGHTS_NAME), weights)
-        commit(staged.pop(CONFIG_NAME), config)
-        mixed = False
-    except BaseException:
-        # The configuration is still the old one: put the old weights back beside it.
-        if backup is not None:
-            os.replace(backup, weights)
-            mixed = False
-        raise
-    finally:
-        if backup is not None:
-            discard(backup)
-        if not mixed:
-            discard(marker)
-        sync_directory(directory)
-    commit(staged.pop(README_NAME), os.path.join(directory, README_NAME))
-
-
-def _link_beside(path: str, temporary: str) -> str | None:
-    """A second name for the file at ``path``, to put it back by; None where there is no file or no hard links."""
-    backup = f"{temporary}-old"
-    try:
-        os.link(path, backup)
-    except OSError:
-        return None
-    return backup

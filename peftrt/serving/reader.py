@@ -18,10 +18,9 @@ from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.method import AdapterTensors
 from peftrt.adapters.methods.lora import Lora
-from peftrt.adapters.reading import read_adapter, warn_of_differences
+from peftrt.adapters.reading import read_adapter, read_files, warn_of_differences
 from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import UnsupportedError
-from peftrt.formats.peft_dir import read_peft_dir
 from peftrt.serving.errors import AdapterChangedError, AdapterTooLargeError
 from peftrt.serving.layout import Layout, Part, Shape, Site, write_image
 from peftrt.serving.transfer import Transfer
@@ -114,7 +113,7 @@ class Reader:
         """
         directory, before, allow_nonfinite = origin
         options: dict[str, Any] = {"root": self._root, "allow_nonfinite": allow_nonfinite}
-        values, tensors = read_peft_dir(directory, name="default", **options)
+        values, tensors = read_files(self._model, directory, **options)
         if digest(values, tensors) != before:
             raise AdapterChangedError(
                 f"adapter {name!a}: the files in {directory} are not those that were loaded; load it again with "
