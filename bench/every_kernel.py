@@ -111,6 +111,7 @@ def _calls(device: str, job: int, jobs: int) -> Iterator[tuple[str, str, Callabl
             for base in ("nf4", "dense"):
                 what = f"lora_linear M={M} {base} {_name(size, dtype)}"
                 yield name, what, lambda c=case, base=base: _lora(base, *c)
+            yield name, f"bottleneck M={M} {_name(size, dtype)}", lambda c=case: _bottleneck(*c)
             if M <= FEW:
                 yield name, f"lora_linear alone M={M} {_name(size, dtype)}", lambda c=case: _lora_alone(*c)
                 yield name, f"multi_lora_linear out M={M} {_name(size, dtype)}", lambda c=case: _multi_lora_out(*c)
@@ -196,6 +197,24 @@ def _lora(base: str, size: Weight, M: int, dtype: torch.dtype, device: str) -> s
     norm = ops.lora_weight_norm(operand, *leaves[1:], 2.0)
     words = [_far(actual.detach(), true) for actual, true in zip((y, *grads, norm), expected, strict=True)]
     names = ("y", "dx", "dA", "dB", "norm")
+    return "; ".join(f"{name}: {word}" for name, word in zip(names, words, strict=True) if word)
+
+
+def _bottleneck(size: Weight, M: int, dtype: torch.dtype, device: str) -> str:
+    """y and the gradients of all, of an adapter in fp32 whose rank is the weight's N."""
+    (R, K), wide = (size.N, size.K), torch.float32
+    x, residual, dy = (_normal(M, K, dtype=dtype, seed=seed) for seed in (2, 3, 4))
+    D, U = K**-0.5 * _normal(R, K, dtype=wide, seed=5), R**-0.5 * _normal(K, R, dtype=wide, seed=6)
+    tensors = (x, residual, D, _normal(R, dtype=wide, seed=7), U, _normal(K, dtype=wide, seed=8))
+    leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in tensors]
+    y = ops.bottleneck(*leaves, 2.0, "gelu")
+    grads = torch.autograd.grad(y, leaves, dy.to(device))
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    inner = torch.nn.functional.gelu(exact[0] @ exact[2].t() + exact[3])
+    true = exact[1] + 2.0 * (inner @ exact[4].t() + exact[5])
+    expected = (true.detach(), *torch.autograd.grad(true, exact, dy.double()))
+    words = [_far(actual.detach(), want) for actual, want in zip((y, *grads), expected, strict=True)]
+    names = ("y", "dx", "dresidual", "dD", "db_d", "dU", "db_u")
     return "; ".join(f"{name}: {word}" for name, word in zip(names, words, strict=True) if word)
 
 

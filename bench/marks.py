@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bench.shapes import ENCODER, FLAT_GPU, GPU_ROWS, GPU_SITES, LLAMA_8B, LORA_TENSORS, SMALLEST_SIDE, Site
+from bench.shapes import (
+    BOTTLENECKS,
+    ENCODER,
+    FLAT_GPU,
+    GPU_ROWS,
+    GPU_SITES,
+    LLAMA_8B,
+    LORA_TENSORS,
+    SMALLEST_SIDE,
+    Site,
+)
 
 FLOOR = "the floor"  # what the device's own ceilings allow for the cell's bytes and operations
 
@@ -107,6 +117,11 @@ def _ia3_overhead(dtype: str) -> Iterable[Mark]:
         yield Mark("ia3_linear", part, dtype, (1, 16, 512), "base", at_most=1.05)
 
 
+def _bottleneck(dtype: str) -> Iterable[Mark]:
+    """What one kernel saves of torch's passes."""
+    yield Mark("bottleneck", "forward", dtype, (16, 512), "torch", at_most=0.8, sites=BOTTLENECKS)
+
+
 def _multi_lora_cpu() -> Iterable[Mark]:
     """What it costs that the adapters differ, and what adapters cost at all."""
     op = "multi_lora_linear"
@@ -168,6 +183,7 @@ CPU = (
     Mark("train_step", "encoder", "fp32", (), "frozen", at_most=1.3, sites=(ENCODER,)),
     Mark("train_step", "encoder", "fp32", (), "peft+bitsandbytes", at_least=1.5, sites=(ENCODER,)),
     *_ia3_overhead("fp32"),
+    *_bottleneck("fp32"),
     *_multi_lora_cpu(),
     *_paged_adamw("cpu"),
 )
@@ -194,6 +210,7 @@ GPU = (
     ),
     *_lora_overhead("bf16"),
     *_ia3_overhead("bf16"),
+    *_bottleneck("bf16"),
 )
 
 # Hardest first: the first cells of a run that may be stopped are the first marks'.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench import (
+    bench_bottleneck,
     bench_ia3_linear,
     bench_lora_linear,
     bench_multi_lora_linear,
@@ -43,6 +44,7 @@ BENCHES: dict[str, tuple[Callable[[str, bool], list[Cell]], Callable[[Cell, Runn
     "nf4_quantize": (bench_nf4_quantize.cells, bench_nf4_quantize.bench_nf4_quantize),
     "ia3_linear": (bench_ia3_linear.cells, bench_ia3_linear.bench_ia3_linear),
     "lora_linear": (bench_lora_linear.cells, bench_lora_linear.bench_lora_linear),
+    "bottleneck": (bench_bottleneck.cells, bench_bottleneck.bench_bottleneck),
     "train_step": (bench_train_step.cells, bench_train_step.bench_train_step),
     "paged_adamw": (bench_paged_adamw.cells, bench_paged_adamw.bench_paged_adamw),
     "multi_lora_linear": (bench_multi_lora_linear.cells, bench_multi_lora_linear.bench_multi_lora_linear),

@@ -22,6 +22,9 @@ CPU_SITES = (Site(4096, 4096), Site(14336, 4096), Site(4096, 14336))
 CPU_ROWS = (1, 4, 16, 64, 512)
 CPU_LORA_ROWS = (1, 16, 256, 512)
 
+# A bottleneck's rank and features: of a model of Llama's width, and of BERT-base as Pfeiffer has it.
+BOTTLENECKS = (Site(256, 4096), Site(48, 768))
+
 # An encoder of MiniLM-L6's shape (Wang et al. 2020, arXiv:2002.10957): six layers of four weights 384 x 384 and two of
 # 1536 by 384, all as one matrix.
 ENCODER = Site(6 * (4 * 384 + 2 * 1536), 384)

@@ -10,6 +10,8 @@
 #include <string>
 #include <tuple>
 
+#include "binding_bottleneck.h"
+
 namespace {
 
 using peftrt::cpu::AdamwStep;
@@ -396,6 +398,12 @@ STABLE_TORCH_LIBRARY(peftrt_cpu, m) {
   m.def("multi_lora_linear_backward(Tensor dz, Tensor x, " PEFTRT_BASE
         "int[] splits, Tensor slot_ids, bool needs_dx, bool needs_dvalues, bool invariant=False) -> (Tensor, Tensor)");
   m.def(
+      "bottleneck(Tensor x, Tensor residual, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
+      "float scaling, int activation, bool invariant=False) -> (Tensor, Tensor)");
+  m.def(
+      "bottleneck_gradient(Tensor dy, Tensor x, Tensor inner, Tensor up_weight, float scaling, int activation, "
+      "bool needs_down, bool needs_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "lora_weight_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, int n, int k, int "
       "block_size, Tensor lora_A, Tensor lora_B, float scaling, int[] splits=[]) -> Tensor");
   m.def("row_scale_gradient(Tensor dy, Tensor y, Tensor? bias, Tensor row_scale) -> Tensor");
@@ -421,6 +429,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftrt_cpu, CPU, m) {
   m.impl("multi_lora_linear", TORCH_BOX(&multi_lora_linear));
   m.impl("multi_lora_linear.out", TORCH_BOX(&multi_lora_linear_out));
   m.impl("multi_lora_linear_backward", TORCH_BOX(&multi_lora_linear_backward));
+  m.impl("bottleneck", TORCH_BOX(&bottleneck));
+  m.impl("bottleneck_gradient", TORCH_BOX(&bottleneck_gradient));
   m.impl("lora_weight_norm", TORCH_BOX(&lora_weight_norm));
   m.impl("row_scale_gradient", TORCH_BOX(&row_scale_gradient));
   m.impl("dropout", TORCH_BOX(&dropout));

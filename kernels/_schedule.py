@@ -90,6 +90,11 @@ def for_any_rows() -> Iterator[None]:
         _for_any_rows.reset(token)
 
 
+def any_rows() -> bool:
+    """Whether this is in such a block."""
+    return _for_any_rows.get()
+
+
 @functools.cache
 def architecture_of(device: torch.device) -> str:
     """The part of the table for a device; the interpreter takes the largest."""
@@ -124,7 +129,7 @@ class Schedule:
 
 def schedule(by_rows: tuple[Config, ...], M: int, N: int, K: int, dx: bool, device: torch.device) -> Schedule:
     """For M rows: a sum over K for N columns, or for dX the other way round."""
-    config, fewest = config_for(by_rows, ANY_ROWS if _for_any_rows.get() else M)
+    config, fewest = config_for(by_rows, ANY_ROWS if any_rows() else M)
     tiles = triton.cdiv(K, config.BK) if dx else triton.cdiv(N, config.BN)
     total = triton.cdiv(N, config.BN) if dx else triton.cdiv(K, config.BK)
     steps = steps_for(config, tiles * triton.cdiv(fewest, config.BM), total, device)

@@ -45,6 +45,7 @@ NEVER = {"peft", "bitsandbytes", "adapters"}
 
 OP_HELPERS = {
     "_adamw_triton",
+    "_bottleneck_triton",
     "_adapter_table",
     "_addresses",
     "_define",

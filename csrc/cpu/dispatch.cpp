@@ -22,6 +22,9 @@
                                   void*, float*, const Parallel&);                                                  \
   void low_rank_gradient(Dtype, int64_t, int64_t, int64_t, const void*, const void*, const float*,                  \
                          const LowRankGradient&, float*, float*, const Parallel&);                                  \
+  void bottleneck(Dtype, int64_t, const void*, const void*, const Bottleneck&, bool, void*, const Parallel&);       \
+  void bottleneck_gradient(Dtype, int64_t, const void*, const void*, const Bottleneck&, const BottleneckGradient&,  \
+                           const Parallel&);                                                                        \
   void lora_weight_norm(const Base&, const LowRank&, float*, const Parallel&);                                      \
   void row_scale_gradient(Dtype, int64_t, int64_t, const void*, const void*, const void*, const float*, float*,     \
                           const Parallel&);                                                                         \
@@ -37,6 +40,8 @@
                                   multi_lora_linear,                                                                \
                                   multi_lora_linear_backward,                                                       \
                                   low_rank_gradient,                                                                \
+                                  bottleneck,                                                                       \
+                                  bottleneck_gradient,                                                              \
                                   lora_weight_norm,                                                                 \
                                   row_scale_gradient,                                                               \
                                   dropout,                                                                          \

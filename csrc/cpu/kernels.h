@@ -101,7 +101,7 @@ struct Dropout {
 };
 
 // The way back through an adapter: dA = g^T drop(x), dB = scaling * dy^T xa, and drop'(g A) in dx, with
-// g = scaling * dy B.
+// g = scaling * slope * dy B.
 struct LowRankGradient {
   int64_t rank;  // of a part
   Parts parts;
@@ -111,9 +111,41 @@ struct LowRankGradient {
   const Dropout* dropout;  // of the adapter's x; null: none
   float scaling;
   const float* row_scale;  // [n], what dy is multiplied with wherever it is read; null: nothing
+  const float* slope;      // [m, width], what dy B is multiplied with; null: nothing
   float* g;                // [m, width]: low_rank_gradient writes it, nf4_linear_dx reads it
 
   int64_t width() const { return parts.count * rank; }
+};
+
+// What stands between the two layers of a bottleneck, in the order of peftrt/reference/bottleneck.py.
+enum class Activation { kRelu, kGelu, kGeluNew, kSilu, kTanh, kSigmoid, kLeakyRelu };
+
+// A matrix or vector in a dtype of its own.
+struct Values {
+  Dtype dtype;
+  const void* data;
+};
+
+// An adapter of two layers, which adds scaling * (act(inner) up^T + up_bias) with inner = x down^T + down_bias.
+struct Bottleneck {
+  int64_t rank, k;
+  Values down;       // [rank, k]
+  Values down_bias;  // [rank]
+  Values up;         // [k, rank]
+  Values up_bias;    // [k]
+  float scaling;
+  Activation activation;
+  float* inner;  // [m, rank], written
+};
+
+// The way back through it, summed in fp32: g = scaling * act'(inner) * dy up, the gradient of inner, and those of the
+// four parameters; a pair that is null is not wanted.
+struct BottleneckGradient {
+  float* g;          // [m, rank]
+  float* down;       // [rank, k], g^T x
+  float* down_bias;  // [rank], g's sum over rows
+  float* up;         // [k, rank], scaling * dy^T act(inner)
+  float* up_bias;    // [k], scaling times dy's sum over rows
 };
 
 // One step of AdamW over chunks of many tensors, whose state lies in pages (adamw_state.h).
@@ -175,6 +207,13 @@ struct Kernels {
   void (*low_rank_gradient)(Dtype dtype, int64_t m, int64_t n, int64_t k, const void* dy, const void* x,
                             const float* xa, const LowRankGradient& adapter, float* da, float* db,
                             const Parallel& parallel);
+  // out = residual + scaling * (act(x down^T + down_bias) up^T + up_bias), all [m, k] of dtype but the adapter, summed
+  // in fp32 with one rounding at the end; where `invariant` a row's bits do not depend on m
+  void (*bottleneck)(Dtype dtype, int64_t m, const void* x, const void* residual, const Bottleneck& adapter,
+                     bool invariant, void* out, const Parallel& parallel);
+  // From dy and x [m, k] of dtype, and what the adapter's `inner` holds
+  void (*bottleneck_gradient)(Dtype dtype, int64_t m, const void* dy, const void* x, const Bottleneck& adapter,
+                              const BottleneckGradient& gradient, const Parallel& parallel);
   // out[n] = || W[n] + scaling * sum_r B[n, r] * A[r] ||_2, W in fp32, squares summed in fp32
   void (*lora_weight_norm)(const Base& base, const LowRank& adapter, float* out, const Parallel& parallel);
   // out[n] = sum_m dy[m, n] * (y[m, n] - bias[n]) / row_scale[n], 0 where row_scale[n] is; the bias may be null

@@ -1,5 +1,5 @@
 // What flows back into an adapter: g = scaling * dy B, dA = g^T drop(x), dB = scaling * dy^T xa, all summed in fp32,
-// where dy is times the row scale, if there is one.
+// where dy is times the row scale, and dy B times the slope, if there is one.
 //
 // Each is a matrix multiplication with a side of no more than `rank`, bound by reading dy and x: both are packed as
 // they are read, into panels [depth][kPanel] that stay in L1 while every row of the narrow side passes over them. First
@@ -50,7 +50,8 @@ void rows_of_g(int part, int64_t row, int64_t m, int64_t n, const T* dy, const f
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t column = first + r + lane, at = (row + i) * adapter.width() + column;
-        const float value = adapter.scaling * sums[i * kPanel + lane];
+        const float slope = adapter.slope == nullptr ? 1.0f : load_one(adapter.slope + at);
+        const float value = adapter.scaling * sums[i * kPanel + lane] * slope;
         store_one(adapter.g + at, value);
         g_transposed[column * ld + row + i] = value;
         xa_transposed[column * ld + row + i] = load_one(xa + at);

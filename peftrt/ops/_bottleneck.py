@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import FLOAT_DTYPES
-from peftrt.ops._define import define, reference_backend
+from peftrt.ops import _bottleneck_triton, _native
+from peftrt.ops._define import Backend, define, reference_backend
+from peftrt.ops._invariant import invariant
 from peftrt.ops._weight import check_device, check_float, expect
 from peftrt.reference import bottleneck as reference
 from peftrt.reference._weight import accumulator
 
 _OTHER_NAMES = {"swish": "silu"}
+# as csrc/cpu/kernels.h has them
+_NUMBERS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
 
 
 def bottleneck(
@@ -45,7 +49,9 @@ def bottleneck(
             ``"swish"``), ``"tanh"``, ``"sigmoid"`` or ``"leaky_relu"`` (slope 0.01).
 
     Returns:
-        ``[..., K]`` in x's dtype: all of it is summed in fp32 and rounded once.
+        ``[..., K]`` in x's dtype: all of it is summed in fp32 and rounded once. On a CPU a row's bits depend on nothing
+        but the row and on whether there are more than 8, and the number of threads changes none, nor those of the
+        parameters' gradients; on a GPU they depend on the range of rows too (kernels/bottleneck.py, low_rank.py).
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -165,12 +171,40 @@ def _fake_backward(
     return dx, d_down, inner.new_empty(rank if wanted[1] else 0), d_up, inner.new_empty(k if wanted[2] else 0)
 
 
+def _native_unsupported(x: Tensor, *_: Any) -> str | None:
+    return _native.unsupported(x, x.dtype)
+
+
+def _native_forward(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *parameters, scaling, activation = rest
+    parameters = [t.float() if t.dtype == torch.float64 else t for t in parameters]
+    call = (x, residual, *parameters, scaling, _NUMBERS.get(activation, -1), invariant())
+    return torch.ops.peftrt_cpu.bottleneck.default(*call)
+
+
+def _native_backward(
+    dy: Tensor, x: Tensor, inner: Tensor, down_weight: Tensor, up_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scaling, activation, needs_dx, needs_down, needs_up = rest
+    up = up_weight.float() if up_weight.dtype == torch.float64 else up_weight
+    call = (dy, x, inner, up, scaling, _NUMBERS[activation], needs_down, needs_up)
+    g, d_down, d_down_bias, d_up, d_up_bias = torch.ops.peftrt_cpu.bottleneck_gradient.default(*call)
+    dx = (g @ down_weight.float()).view(x.shape).to(x.dtype) if needs_dx else x.new_empty(0)
+    d_down = d_down.to(down_weight.dtype) if needs_down else down_weight.new_empty(0)
+    d_up = d_up.to(up_weight.dtype) if needs_up else up_weight.new_empty(0)
+    return dx, d_down, d_down_bias, d_up, d_up_bias
+
+
 _FORWARD = define(
     "bottleneck(Tensor x, Tensor residual, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
     "float scaling, str activation) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    backends=(reference_backend(reference.forward),),
+    backends=(
+        Backend("native", _native_forward, _native_unsupported, ("cpu",), strict=True),
+        Backend("triton", _bottleneck_triton.forward, _bottleneck_triton.unsupported, ("cuda",)),
+        reference_backend(reference.forward),
+    ),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -179,5 +213,9 @@ _BACKWARD = define(
     "str activation, bool needs_dx, bool needs_down, bool needs_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
-    backends=(reference_backend(reference.backward),),
+    backends=(
+        Backend("native", _native_backward, _native_unsupported, ("cpu",)),
+        Backend("triton", _bottleneck_triton.backward, _bottleneck_triton.unsupported, ("cuda",)),
+        reference_backend(reference.backward),
+    ),
 )

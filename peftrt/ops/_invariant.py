@@ -35,8 +35,8 @@ def batch_invariant() -> Iterator[None]:
 
     What it promises, row by row, on a CPU with the native library, and on a GPU with Triton (where it has not run yet):
     outputs and input gradients of ``nf4_linear``, and over any base of ``lora_linear`` and ``multi_lora_linear``, and
-    so of the modules made of them. Nothing of what torch itself multiplies: layers without an adapter over a dense
-    base, fp64, the reference, gradients of gradients, on a GPU ``splits``.
+    so of the modules made of them; outputs of ``bottleneck``. Nothing of what torch itself multiplies: layers without
+    an adapter over a dense base, fp64, the reference, gradients of gradients, on a GPU ``splits``.
     """
     with set_invariant(True):
         yield

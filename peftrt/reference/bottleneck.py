@@ -112,7 +112,8 @@ def backward(
     """
     scaling, activation, needs_dx, needs_down, needs_up = rest
     dtype = accumulator(x.dtype)
-    rows, inside = dy.reshape(-1, dy.shape[-1]).to(dtype), inner.reshape(-1, inner.shape[-1])
+    m = math.prod(x.shape[:-1])
+    wide, rows, inside = (t.reshape(m, t.shape[-1]) for t in (x.to(dtype), dy.to(dtype), inner))
     g = scaling * (rows @ up_weight.to(dtype)) * SLOPES[activation](inside)
     if d_inner is not None:
         g = g + d_inner.reshape(g.shape)
@@ -121,7 +122,7 @@ def backward(
     if needs_dx:
         dx = (g @ down_weight.to(dtype)).view(x.shape).to(x.dtype)
     if needs_down:
-        d_down = (g.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(down_weight.dtype)
+        d_down = (g.t() @ wide).to(down_weight.dtype)
         d_down_bias = g.sum(0)
     if needs_up:
         d_up = (scaling * (rows.t() @ ACTIVATIONS[activation](inside))).to(up_weight.dtype)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from bench import judging, marks, report
+from bench.bench_bottleneck import cells as bottleneck_cells
+from bench.bench_ia3_linear import cells as ia3_cells
 from bench.bench_lora_linear import cells as lora_cells
 from bench.bench_multi_lora_linear import cells as multi_lora_cells
 from bench.bench_nf4_dequantize import cells as dequantize_cells
@@ -223,7 +225,16 @@ def test_a_floor_that_is_passed_too_soon_is_not_judged() -> None:
         assert words.count(">= 65% of the floor from 10 µs") == count
 
 
-CELLS = (linear_cells, dequantize_cells, lora_cells, step_cells, multi_lora_cells, paged_cells)
+CELLS = (
+    linear_cells,
+    dequantize_cells,
+    lora_cells,
+    ia3_cells,
+    bottleneck_cells,
+    step_cells,
+    multi_lora_cells,
+    paged_cells,
+)
 
 
 def test_every_mark_speaks_of_a_cell_that_is_measured() -> None:

@@ -29,7 +29,7 @@ from peftrt.kernels import (
 )
 from peftrt.kernels._adapter import RANKS
 from peftrt.kernels._nf4 import CHUNKS, ODD, STRADDLING
-from tests.kernels import compiled_adamw, compiled_multi_lora, sass
+from tests.kernels import compiled_adamw, compiled_bottleneck, compiled_multi_lora, sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,7 +81,12 @@ def variants(target: str) -> Iterator[Variant]:
     yield from dequantize_variants(target)
     yield from linear_variants(target)
     yield from lora_variants(target)
-    for program in (*compiled_multi_lora.programs(DTYPES, ARCHITECTURE[target]), *compiled_adamw.programs()):
+    architecture = ARCHITECTURE[target]
+    for program in (
+        *compiled_multi_lora.programs(DTYPES, architecture),
+        *compiled_bottleneck.programs(DTYPES, architecture),
+        *compiled_adamw.programs(),
+    ):
         name, kernel, types, constants, options, round_sizes, tensor_cores = program
         yield Variant(name, target, kernel, types, constants, options, round_sizes, tensor_cores)
     for dtype in DTYPES:
@@ -305,8 +310,10 @@ def _amd_faults(variant: Variant, code: Any) -> list[str]:
         found.append("no v_mfma")
     if variant.kernel in compiled_adamw.KERNELS:
         found += compiled_adamw.amd_faults(variant.kernel, assembly)
-    elif not variant.tensor_cores and any(
-        name in assembly for name in ("v_fma_f32", "v_fmac_f32", "v_mad_f32", "v_pk_fma")
+    elif (
+        not variant.tensor_cores
+        and variant.kernel not in compiled_bottleneck.QUOTIENTS
+        and any(name in assembly for name in ("v_fma_f32", "v_fmac_f32", "v_mad_f32", "v_pk_fma"))
     ):
         found.append("a product and a sum are contracted")
     return found

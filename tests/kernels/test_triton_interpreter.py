@@ -30,6 +30,7 @@ ROOT = HERE.parents[1]
         "interpreted_multi_lora.py",
         "interpreted_batches.py",
         "interpreted_adamw.py",
+        "interpreted_bottleneck.py",
     ],
 )
 def test_kernels_in_the_interpreter(cases: str, request: pytest.FixtureRequest) -> None:

@@ -7,6 +7,7 @@
 // tests/test_native_emulated.py for another CPU than this one.
 #include "cpu/kernels.h"
 #include "fuzz_adamw.h"
+#include "fuzz_bottleneck.h"
 #include "fuzz_multi_lora.h"
 #include "fuzz_values.h"
 #include "nf4.h"
@@ -161,6 +162,7 @@ int run_gradient(const Kernels& kernels, const Case& c, const Base& base, const 
                                    drops ? &dropout : nullptr,
                                    0.375f,
                                    scales ? floats(row_scale) : nullptr,
+                                   nullptr,
                                    floats(g)};
   const bool needs_da = generator() % 4, needs_db = generator() % 4;
   kernels.low_rank_gradient(c.dtype, c.m, c.n, c.k, dy.get(), x.get(), floats(xa), adapter,
@@ -335,6 +337,7 @@ int run_case(const Kernels& kernels, const Case& c) {
   if (run_gradient(kernels, c, base, w, x, dy, parallel)) return 1;
   if (run_weight_norm(kernels, c, weight, dense, parallel)) return 1;
   if (run_row_scale_gradient(kernels, c, dy, y, c.bias ? &bias : nullptr, parallel)) return 1;
+  if (run_bottleneck(kernels, c, x, parallel)) return 1;
   const RandomParts random(c.n);
   if (run_multi(kernels, c, {&nf4, &values, nullptr}, w, x, dy, c.bias ? &bias : nullptr, random.get(), parallel))
     return 1;

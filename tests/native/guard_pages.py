@@ -76,6 +76,15 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
     of_columns = torch.ops.peftrt_cpu.lora_weight_norm(floats(k, n).t(), None, None, None, n, k, 0, lora_A, lora_B, 0.5)
     scale = at_the_end(4 * n, torch.float32, (n,))
     dscale = torch.ops.peftrt_cpu.row_scale_gradient(floats(m, n), floats(m, n), None, scale)
+    down = (floats(5, k), floats(1, 5).reshape(-1), floats(k, 5), floats(1, k).reshape(-1))
+    bottlenecks = []
+    for activation in range(7):
+        forward = torch.ops.peftrt_cpu.bottleneck(
+            floats(m, k), floats(m, k), *down, 0.5, activation, activation % 2 == 0
+        )
+        inner = at_the_end(20 * m, torch.float32, (m, 5)).copy_(forward[1])
+        gradient = torch.ops.peftrt_cpu.bottleneck_gradient
+        bottlenecks += [*forward, *gradient(floats(m, k), floats(m, k), inner, down[2], 0.5, activation, True, True)]
     quantised = (
         at_the_end((n * k + 1) // 2, torch.uint8, (-1,), "nan"),
         at_the_end(4 * blocks, torch.uint8, (-1,), "nan"),
@@ -93,6 +102,7 @@ def run(m: int, n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
         of_dense,
         of_columns,
         dscale,
+        *bottlenecks,
         quantised[1].view(torch.float32),
         nested_out[1].view(torch.float32),
     ):

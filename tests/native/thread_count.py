@@ -44,6 +44,8 @@ if __name__ == "__main__":
                 gradient = torch.ops.peftrt_cpu.multi_lora_linear_backward
                 gradient(torch.ones(m, n), torch.ones(m, k), *base, *table, [n], slots, True, True)
             torch.ops.peftrt_cpu.row_scale_gradient(torch.ones(m, n), torch.ones(m, n), None, torch.ones(n))
+            down = (torch.ones(64, k), torch.ones(64), torch.ones(k, 64), torch.ones(k))
+            torch.ops.peftrt_cpu.bottleneck(torch.ones(m, k), torch.ones(m, k), *down, 1.0, 1)
             torch.ops.peftrt_cpu.lora_weight_norm(*weight[:4], n, k, 64, lora_A, lora_B, 1.0)
         dense = torch.empty(n, k)
         torch.ops.peftrt_cpu.nf4_dequantize(*weight, dense)

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, NF4_CODEBOOK, NF4Weight, bytes_float, float_bytes, midpoints
 from peftrt.ops._weight import weight_args
-from peftrt.reference import lora_linear, lora_weight_norm, multi_lora_linear, nf4, nf4_linear, row_scale_gradient
+from peftrt.reference import (
+    bottleneck,
+    lora_linear,
+    lora_weight_norm,
+    multi_lora_linear,
+    nf4,
+    nf4_linear,
+    row_scale_gradient,
+)
 from tests.cases import FLOATS, randn
 from tests.cases import nf4 as make
 from tests.tolerances import assert_close, assert_same_bits
+
+SCALARS: dict[str, Callable[[float], float]] = {
+    "relu": lambda v: max(v, 0.0),
+    "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
+    "gelu_new": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
+    "silu": lambda v: v / (1 + math.exp(-v)),
+    "tanh": math.tanh,
+    "sigmoid": lambda v: 1 / (1 + math.exp(-v)),
+    "leaky_relu": lambda v: v if v > 0 else 0.01 * v,
+}
 
 
 def f32(value: float) -> float:
@@ -43,6 +64,40 @@ def test_dequantize(n: int, k: int, nested: bool) -> None:
     args = (*weight_args("test", weight)[:4], (n, k), 32)
     for dtype in (*FLOATS, torch.float64):
         assert_same_bits(nf4.dequantize(*args, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("activation", bottleneck.ACTIVATIONS)
+def test_bottleneck(activation: str) -> None:
+    m, k, r, s = 3, 5, 2, 0.75
+    x, residual, dy, D, U = (randn(*t, seed=i) for i, t in enumerate(((m, k), (m, k), (m, k), (r, k), (k, r))))
+    b_d, b_u = randn(r, seed=8), randn(k, seed=9)
+    y, inner = bottleneck.forward(x, residual, D, b_d, U, b_u, s, activation)
+    act = SCALARS[activation]
+    v = [[sum(x[i, j].item() * D[q, j].item() for j in range(k)) + b_d[q].item() for q in range(r)] for i in range(m)]
+    step = 1e-6
+    slope = [[(act(e + step) - act(e - step)) / (2 * step) for e in row] for row in v]
+    g = [
+        [s * slope[i][q] * sum(dy[i, j].item() * U[j, q].item() for j in range(k)) for q in range(r)] for i in range(m)
+    ]
+    want_y = [
+        [
+            residual[i, j].item() + s * (sum(act(v[i][q]) * U[j, q].item() for q in range(r)) + b_u[j].item())
+            for j in range(k)
+        ]
+        for i in range(m)
+    ]
+    want = (
+        [[sum(g[i][q] * D[q, j].item() for q in range(r)) for j in range(k)] for i in range(m)],
+        [[sum(g[i][q] * x[i, j].item() for i in range(m)) for j in range(k)] for q in range(r)],
+        [sum(g[i][q] for i in range(m)) for q in range(r)],
+        [[s * sum(dy[i, j].item() * act(v[i][q]) for i in range(m)) for q in range(r)] for j in range(k)],
+        [s * sum(dy[i, j].item() for i in range(m)) for j in range(k)],
+    )
+    assert_close(inner, torch.tensor(v, dtype=torch.float64))
+    assert_close(y, torch.tensor(want_y, dtype=torch.float64), roundings=2)
+    got = bottleneck.backward(dy, x, inner, D, U, s, activation, True, True, True)
+    for own, expected in zip(got, want, strict=True):
+        assert_close(own, torch.tensor(expected, dtype=torch.float64), roundings=4)
 
 
 def test_quantize_takes_the_nearest_level_and_the_lower_of_a_tie() -> None:
