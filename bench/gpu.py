@@ -28,7 +28,16 @@ from bench import judging, marks, report, results, steps
 from bench.steps import Log, Outcome, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("nf4_linear", "nf4_dequantize", "nf4_quantize", "lora_linear", "train_step", "paged_adamw", "multi_lora_linear")
+OPS = (
+    "nf4_linear",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "ia3_linear",
+    "lora_linear",
+    "train_step",
+    "paged_adamw",
+    "multi_lora_linear",
+)
 EVERY_KERNEL = ("-m", "bench.every_kernel")
 
 MARKERS = {"cuda": "gpu", "cpu": "not gpu"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftrt.formats.nf4 import NF4Weight
-from peftrt.ops import _multi_lora_cuda, _multi_lora_native, _multi_lora_triton, _native
+from peftrt.ops import _multi_lora_cuda, _multi_lora_native, _multi_lora_triton, _native, _triton
 from peftrt.ops._define import OPS, Backend, define, reference_backend
 from peftrt.ops._invariant import invariant
 from peftrt.ops._weight import (
@@ -149,7 +149,7 @@ def _torch_forward(x: Tensor, *rest: Any) -> Tensor:
 def _native_unsupported(x: Tensor, *rest: Any) -> str | None:
     if x.is_cpu:
         return _native.unsupported(x, x.dtype)
-    return _multi_lora_cuda.unsupported(x, *_as_batch(x, *rest))
+    return _multi_lora_cuda.unsupported_without_pairs(x, *rest[:7])
 
 
 def _native_declines(x: Tensor, *rest: Any) -> str | None:
@@ -162,8 +162,8 @@ def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
     return _multi_lora_triton.forward(x, *_as_batch(x, *rest), scales_x=rest[7] is not None)
 
 
-def _triton_unsupported(x: Tensor, *rest: Any) -> str | None:
-    return _multi_lora_triton.unsupported(x, *_as_batch(x, *rest))
+def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
+    return _triton.unsupported(x, x.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

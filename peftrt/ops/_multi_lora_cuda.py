@@ -19,6 +19,16 @@ PAGES, PARTS = 32, 8  # of a slot and part, and of a site, at most
 def unsupported(x: Tensor, *rest: Any) -> str | None:
     """Why the kernel cannot take a call; None where it can."""
     weight, (values, _, A_pages, _, _, vectors, _, splits, _, _) = WeightArgs(*rest[:7]), rest[7:17]
+    fits = values.dtype in FLOAT_DTYPES and (vectors is None or vectors.dtype == torch.float32)
+    return _refusal(x, weight, fits, len(splits), A_pages.shape[-1])
+
+
+def unsupported_without_pairs(x: Tensor, *weight: Any) -> str | None:
+    """The same for one map, and slots with vectors alone."""
+    return _refusal(x, WeightArgs(*weight), True, 1, 0)
+
+
+def _refusal(x: Tensor, weight: WeightArgs, dtypes_fit: bool, parts: int, pages: int) -> str | None:
     reason = _native.cuda_unsupported(x, x.dtype)
     if reason is not None:
         return reason
@@ -28,9 +38,9 @@ def unsupported(x: Tensor, *rest: Any) -> str | None:
         return "has another order of summation than the kernels for many rows"
     if x.element_size() != 2 or _paths.rows_of(x) > _paths.NATIVE_ROWS:
         return f"takes {_paths.NATIVE_ROWS} rows of bf16 or fp16"
-    if values.dtype not in FLOAT_DTYPES or (vectors is not None and vectors.dtype != torch.float32):
+    if not dtypes_fit:
         return "has adapters of fp32, bf16 and fp16, and vectors of fp32"
-    if len(splits) > PARTS or A_pages.shape[-1] > PAGES:
+    if parts > PARTS or pages > PAGES:
         return f"takes {PARTS} maps of at most {8 * PAGES} ranks each"
     return None
 

@@ -183,7 +183,7 @@ class TestErrors:
     def test_not_a_model_or_configuration(self) -> None:
         with pytest.raises(TypeError, match=r"nn.Module, got dict"):
             peftrt.adapt({}, config("llama"))  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"peftrt\.LoraConfig, .*got dict"):
+        with pytest.raises(TypeError, match=r"config must be one of peftrt\.LoraConfig, .*got dict"):
             peftrt.adapt(build("llama"), {"r": 8})  # type: ignore[arg-type]
         with pytest.raises(UnsupportedError, match="from_linear"):
             peftrt.adapt(nn.Linear(4, 4), peftrt.LoraConfig(target_modules="all-linear"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftrt.ops import _device_flag, _lora_cuda, _multi_lora_cuda
+from peftrt.ops import _device_flag, _ia3_linear, _lora_cuda, _multi_lora_cuda, batch_invariant
 from tests.ops.test_paths import FAKE, SOURCES, WEIGHT, arguments, as_on_a_hopper, chosen, on_cuda
 
 
@@ -35,6 +35,20 @@ def test_lora_linear_of_few_rows_is_the_librarys(hopper: pytest.MonkeyPatch) -> 
     ):
         assert reason in str(_lora_cuda.unsupported(*args))
         assert not _lora_cuda.chosen(*args)
+
+
+def test_ia3_linear_goes_as_a_batch_of_one_slot(hopper: pytest.MonkeyPatch) -> None:
+    """And the question leaves nothing behind: what a call keeps is of its device, not of a tracer's."""
+    _ia3_linear._no_pairs.cache_clear()
+    with FAKE:
+        scale = torch.empty(WEIGHT.n, device="cuda")
+    calls = {m: (*arguments(m)[:-1], None, scale, None) for m in (1, 64, 65)}
+    assert [chosen("ia3_linear", calls[m]) for m in (1, 64, 65)] == ["native", "native", "triton"]
+    dense = (*calls[1][:1], on_cuda(WEIGHT.n, WEIGHT.k), None, None, None, *WEIGHT[4:])
+    assert chosen("ia3_linear", (*dense, None, scale, None)) == "triton"
+    with batch_invariant():
+        assert chosen("ia3_linear", calls[1]) == "triton"
+    assert _ia3_linear._no_pairs.cache_info().currsize == 0
 
 
 def table_arguments(m: int, pages: int = 2, parts: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from peftrt.formats.nf4 import DYNAMIC_CODEBOOK, NF4_CODEBOOK, NF4Weight, bytes_
 from peftrt.ops._weight import weight_args
 from peftrt.reference import (
     bottleneck,
+    ia3_linear,
     lora_linear,
     lora_weight_norm,
     multi_lora_linear,
@@ -144,6 +145,18 @@ def test_nf4_linear_and_its_gradient_element_by_element() -> None:
     args = weight_args("test", weight)
     assert_close(nf4_linear.forward(x, *args, b), torch.tensor(y, dtype=torch.float64))
     assert_close(nf4_linear.grad_input(dy, *args), torch.tensor(dx, dtype=torch.float64))
+
+
+def test_ia3_linear_element_by_element() -> None:
+    n, k, m = 3, 5, 2
+    weight, x, bias = randn(n, k), randn(m, k, seed=1), randn(n, seed=2)
+    u, c = randn(k, seed=3), torch.tensor([0.5, 0.0, -2.0])
+    W, X, U, C, b = (t.double().tolist() for t in (weight, x, u, c, bias))
+    y = [[C[o] * sum(U[j] * X[i][j] * W[o][j] for j in range(k)) + b[o] for o in range(n)] for i in range(m)]
+    args = weight_args("test", weight)
+    assert_close(ia3_linear.forward(x, *args, u, c, bias), torch.tensor(y, dtype=torch.float64), roundings=2)
+    plain = [[sum(X[i][j] * W[o][j] for j in range(k)) for o in range(n)] for i in range(m)]
+    assert_close(ia3_linear.forward(x, *args, None, None, None), torch.tensor(plain, dtype=torch.float64))
 
 
 def test_lora_linear_and_multi_lora_linear_element_by_element() -> None:
