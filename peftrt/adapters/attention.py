@@ -110,8 +110,12 @@ def find_attention(model: nn.Module, modules: dict[str, nn.Module], names: Seque
     for (path, module, cache, mask), layer in zip(found, layers, strict=True):
         attentions.append(Attention(path, layer, argument_names(module), cache, mask))
     heads, token_dim = _sizes(model, {path: module for path, module, _, _ in found})
-    positions = tuple(_positions(modules, inside))
-    host = _common([*(path for path, *_ in found), *positions], modules)
+    place = host = _common([path for path, *_ in found], modules)
+    # those nearest to the attentions: a model of several parts has positions of its images, too
+    while place != inside and not [*_positions(modules, place)]:
+        place = _common([place], modules)
+    positions = tuple(_positions(modules, place))
+    host = place if positions else host
     relative = any(hasattr(module, "relative_attention_bias") for _, module, _, _ in found)
     return AttentionSites(host, tuple(attentions), positions, relative, heads, token_dim, count)
 

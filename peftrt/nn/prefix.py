@@ -87,6 +87,13 @@ class Prefix(nn.Module):
         """``[T, 2 L H D]``."""
         return torch.cat([self._layer(layer) for layer in range(self.num_layers)], dim=1)
 
+    def parameters_of(self, layers: set[int]) -> tuple[nn.Parameter, ...]:
+        """What keys and values of some layers are made of."""
+        if self.embedding is None:
+            return tuple(parameter for layer, parameter in enumerate(self.layers.parameters()) if layer in layers)
+        out = [parameter for layer, each in enumerate(self.out) if layer in layers for parameter in each.parameters()]
+        return (*self.embedding.parameters(), *self.hidden.parameters(), *out)
+
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[H, T, D]`` of a layer; while nothing is trained, a projection is not made again."""
         if self.embedding is None:
@@ -171,6 +178,17 @@ class PrefixTuning(VirtualTokens):
             module.register_forward_pre_hook(self._before_positions, with_kwargs=True)
         self._positions = ()
 
+    def add_adapter(self, name: str, adapter: nn.Module) -> None:
+        """Hold a prefix, not yet active; its name is new here. Layers of it that no attention takes are not trained."""
+        super().add_adapter(name, adapter)
+        adapter.requires_grad_(False)
+        for parameter in self.adapter_parameters(name):
+            parameter.requires_grad_(True)
+
+    def adapter_parameters(self, name: str) -> tuple[nn.Parameter, ...]:
+        """What is trained of a prefix."""
+        return self.adapter(name).parameters_of({site.layer for site in self.attentions.values()})
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hold the batch against the names of ``peftrt.rows`` before positions of another length meet it."""
         routing = self.routing()
@@ -185,7 +203,7 @@ class PrefixTuning(VirtualTokens):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         site = self.attentions[module]
         call = Arguments(site.names, args, kwargs)
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = call.get(site.names[0])
         served = self.serving_now(x.device, x)
         if served is None:
             return None

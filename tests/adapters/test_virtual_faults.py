@@ -17,12 +17,13 @@ from peftrt.adapters.saved import SavedModule
 from peftrt.formats.errors import ConfigError, FormatError, NonFiniteError, UnsupportedError
 from peftrt.nn.prefix import PrefixTuning
 from peftrt.nn.prompt import Prompt
-from tests.adapters.tiny import TASKS, assert_unchanged, build, inputs_of, state_of, tokens, unchanged
+from tests.adapters.tiny import TASKS, assert_unchanged, inputs_of, state_of, tokens, unchanged
 from tests.adapters.virtual import (
     KINDS,
     LIMIT,
     TOKENS,
     WAYS,
+    build,
     config,
     hooks,
     loaded,
@@ -365,6 +366,17 @@ class TestBeginning:
         torch.manual_seed(11)
         peftrt.adapt(model, config("prompt"))
         assert torch.equal(self.prompt_of(model).weight, theirs.prompt_encoder["default"].embedding.weight)
+
+
+def test_layers_of_a_prefix_that_nothing_takes() -> None:
+    """peft lays a prefix of an encoder-decoder out so that some are not looked at: they are kept, and not trained."""
+    model = build("t5")
+    peftrt.adapt(model, config("prefix"), name="fr")
+    flags = {name: each.requires_grad for name, each in model.named_parameters() if "adapter@fr" in name}
+    assert flags == {f"decoder.prefix_tuning.adapter@fr.layers.{layer}": layer == 0 for layer in range(2)}
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert all((each.grad is not None) == each.requires_grad for each in model.parameters())
 
 
 def test_report_and_explanation() -> None:

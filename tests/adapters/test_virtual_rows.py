@@ -14,13 +14,14 @@ from torch import Tensor
 import peftrt
 from peftrt.nn.virtual import VirtualTokens
 from tests.adapters import tiny
-from tests.adapters.tiny import build, inputs_of, state_of, tokens
+from tests.adapters.tiny import inputs_of, state_of, tokens
 from tests.adapters.virtual import (
     GENERATING,
     KINDS,
     SIDES,
     WAYS,
     batch,
+    build,
     config,
     hooks,
     logits_of,
@@ -59,7 +60,9 @@ def alone(model: Any, names: list[str | None], ids: Tensor, mask: Tensor | None)
 class TestRows:
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_each_row_as_alone(self, kind: str, way: str, attention: str) -> None:
-        model = two(kind, way)
+        # written-out attention takes its softmax in fp32, where fp64's lowest number is minus infinity
+        exact = attention == "sdpa"
+        model = two(kind, way) if exact else two(kind, way).float()
         model.set_attn_implementation(attention)
         for side in SIDES:
             ids, mask = batch(side)
@@ -67,9 +70,7 @@ class TestRows:
                 for seen in (mask, None) if side == "none" else (mask,):
                     with peftrt.rows(model, names):
                         found = logits_of(model, ids, seen)
-                    # Llama's own softmax is in fp32
-                    precision = torch.float32 if attention == "eager" else torch.float64
-                    assert_close(found, alone(model, names, ids, seen), precision)
+                    assert_close(found, alone(model, names, ids, seen), roundings=1 if exact else 8)
 
     def test_another_length_than_the_batch(self, kind: str, way: str) -> None:
         model = two(kind, way)

@@ -15,7 +15,7 @@ from torch import Tensor
 import peftrt
 from peftrt.nn.prefix import Prefix, PrefixedCache, PrefixTuning
 from peftrt.nn.prompt import Prompt
-from tests.adapters.tiny import TASKS, build, tokens
+from tests.adapters.tiny import TASKS, tokens
 from tests.adapters.virtual import (
     GENERATING,
     KINDS,
@@ -24,6 +24,7 @@ from tests.adapters.virtual import (
     TOKENS,
     WAYS,
     batch,
+    build,
     config,
     loaded,
     loaded_by_peft,
@@ -208,6 +209,23 @@ def test_other_models(kind: str, way: str, tmp_path: Path) -> None:
             found = text(ours, ids, mask)
             assert torch.equal(found, text(theirs, ids, mask))
             assert torch.equal(found, text(ours, ids, mask, use_cache=False))
+
+
+def test_positions_of_another_part() -> None:
+    """A model of several parts: only where the attentions are, positions are shifted."""
+
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(8, 4)})
+            self.text = build("llama")
+            self.config = self.text.config
+
+    model = Parts()
+    peftrt.adapt(model, config("prefix"))
+    assert "prefix_tuning" in model.text.model._modules
+    assert not model.images["position_embedding"]._forward_pre_hooks
+    assert model.text.model.rotary_emb._forward_pre_hooks
 
 
 class TestTeeth:
