@@ -66,7 +66,7 @@ class EWC:
             gamma F + F_task``. (Schwarz et al. weight the penalty by gamma once more; that is part of lambda here.)
         gamma: in (0, 1], for "online".
         target: "delta", "parameters", or "auto": "delta" where the model has layers with LoRA adapters, and none of
-            them is DoRA's.
+            them is DoRA's or IA3's.
         fisher_dtype: what F is kept in, fp32 or bf16. While it is measured it is summed in fp32.
         fisher_device: where F is kept and summed, None for beside the weights. From elsewhere it is brought part by
             part at every penalty.
@@ -75,8 +75,8 @@ class EWC:
         target: "delta" or "parameters".
 
     Raises:
-        ValueError: an argument out of its range, nothing to protect, or a DoRA adapter with "delta": its magnitude
-            changes W by more than s B A.
+        ValueError: an argument out of its range, nothing to protect, or a DoRA or IA3 adapter with "delta":
+            its factors change W by more than s B A.
         TypeError: ``model`` is no nn.Module, or another dtype.
 
     Source: Kirkpatrick et al. 2017 (arXiv:1612.00796), equation 3; online: Schwarz et al. 2018 (arXiv:1805.06370),
@@ -281,7 +281,7 @@ class EWC:
         halves: set[nn.Parameter] = set()
         if self.target == "delta":
             for layer in _layers(self._model).values():
-                halves.update(p for name in layer.adapter_names for p in layer.adapter(name).parameters)
+                halves.update(p for name in layer.adapter_names for p in layer.adapter_parameters(name))
         found = {name: p for name, p in self._model.named_parameters() if p.requires_grad and p not in halves}
         if not found and self.target == "parameters":
             raise ValueError("EWC: no Parameter of the model requires gradients, so there is nothing to protect")
@@ -318,9 +318,10 @@ def _why_no_change(layers: Mapping[str, AdapterLinear]) -> str | None:
         return "EWC: target 'delta' needs layers with LoRA adapters, the model has none"
     for path, layer in layers.items():
         for name in layer.adapter_names:
-            if layer.adapter(name).magnitude is not None:
+            kind = "IA3" if layer.ia3(name) else "DoRA" if layer.adapter(name).magnitude is not None else None
+            if kind is not None:
                 return (
-                    f"EWC: adapter {name!r} of {path} is DoRA's, whose magnitude changes W by more than s B A: use "
+                    f"EWC: adapter {name!r} of {path} is {kind}'s, whose factors change W by more than s B A: use "
                     "target='parameters'"
                 )
     return None

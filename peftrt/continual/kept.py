@@ -115,6 +115,8 @@ def read_tasks(
     samples = saved.get("samples")
     if not isinstance(samples, list) or not all(type(n) is int and 0 < n < 1 << 63 for n in samples):
         raise ValueError(f"samples must be a list of numbers from 1 on, one a task, got {samples!r:.200}")
+    if mode == "online" and len(samples) > 1:
+        raise ValueError(f"samples must hold one number at most in mode 'online', got {samples!r:.200}")
     found: dict[tuple[int, str, str], list[str]] = {}
     for key in entries:
         number, kind, name, part = _split(key, len(samples))

@@ -15,7 +15,7 @@ import peftrt
 from peftrt.adapters.reading import read_adapter
 from peftrt.adapters.state import ModelAdapters
 from peftrt.finetune.errors import UserError
-from peftrt.formats.peft_dir import CONFIG_NAME, WEIGHTS_NAME
+from peftrt.formats._pair import CONFIG_NAME, form_of
 
 if TYPE_CHECKING:
     from peftrt.finetune.settings import Settings
@@ -24,16 +24,16 @@ LABELS = "labels.json"
 _TASK_TYPES = {"classify": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
-def adapter_files(task: str) -> tuple[str, ...]:
+def adapter_files(directory: Path, task: str) -> tuple[str, ...]:
     """What a run for this task reads of an adapter's directory."""
-    return (CONFIG_NAME, WEIGHTS_NAME, *((LABELS,) if task == "classify" else ()))
+    return (CONFIG_NAME, form_of(str(directory)).weights, *((LABELS,) if task == "classify" else ()))
 
 
 def check_adapter(directory: Path, task: str) -> None:
     """Raise UserError unless the directory looks like one that a run for this task has left."""
     if not directory.is_dir():
         raise UserError(f"--adapter: no such directory: {directory}")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in (CONFIG_NAME, form_of(str(directory)).weights):
         if not (directory / name).is_file():
             raise UserError(f"--adapter: {directory} has no {name}: expected the directory of an adapter")
     if task == "classify":

@@ -352,7 +352,8 @@ def _machine() -> dict[str, Any]:
 def _digests(settings: Settings) -> dict[str, str]:
     paths = {name: getattr(settings, name) for name in FILES}
     if settings.adapter is not None:
-        paths |= {f"adapter {name}": settings.adapter + "/" + name for name in adapter_files(settings.task)}
+        directory = Path(settings.adapter)
+        paths |= {f"adapter {name}": directory / name for name in adapter_files(directory, settings.task)}
     return {name: checkpoint.file_digest(Path(path)) for name, path in paths.items() if path is not None}
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
+import peftrt
 from peftrt.cli import main
 from peftrt.continual import EWC
 from peftrt.finetune.errors import RunError
@@ -139,6 +141,31 @@ def test_ewc_alone_forgets_less(second: list[object], tasks: tuple[Path, Path], 
     assert found["history"][0]["loss"] == other["history"][0]["loss"]
     assert found["former"]["change"]["loss"] < 0.5 * other["former"]["change"]["loss"]
     assert found["evaluation"]["accuracy"] > 0.9
+
+
+def test_an_adapter_of_another_method_goes_on(second: list[object], tasks: tuple[Path, Path], tmp_path: Path) -> None:
+    """IA3: its configuration and its values come from the directory, and EWC is over its own Parameters."""
+    bert, mine, out = second[1], tmp_path / "ia3", tmp_path / "out"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    targets = ["key", "value", "intermediate.dense"]
+    config = peftrt.IA3Config(
+        target_modules=targets, feedforward_modules=["intermediate.dense"], modules_to_save=["classifier"]
+    )
+    peftrt.adapt(model, config)
+    peftrt.save(model, mine)
+    (mine / "labels.json").write_text('["tools", "fruit"]')
+    options = ("--adapter", mine, "--steps", 3, "--ewc", tasks[0], "--ewc-samples", 20)
+    assert run(*second, *options, "--out", out) == 0
+    before, after = (read_tensors(path / "adapter_model.safetensors") for path in (mine, out))
+    assert before.keys() == after.keys()
+    assert any(name.endswith("ia3_l") and not torch.equal(before[name], after[name]) for name in before)
+    metrics = read(out, "metrics.json")
+    # F and the former values of the factors and of the head
+    assert metrics["ewc"]["bytes"] == 2 * 4 * sum(tensor.numel() for tensor in after.values())
+    assert metrics["ewc"]["penalties"][2] > 0
+    # in the order that the head has them
+    assert read(out, "labels.json") == ["tools", "fruit"]
 
 
 def test_a_language_model_keeps_what_its_base_knew(tmp_path: Path, gpt2: Path, prose: Path) -> None:

@@ -284,21 +284,6 @@ def test_the_change_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.numel == 8 * 256
 
 
-def test_a_part_of_the_base_that_an_adapter_began_with_belongs_to_its_change() -> None:
-    """PiSSA: without the adapter the part comes back, and the change is what is between the two."""
-    model = Net()
-    peftrt.adapt(model, peftrt.LoraConfig(r=2, target_modules=["hidden"], init_lora_weights="pissa"))
-    move(model, 0.05)
-    ewc = EWC(model, 1.0)
-    ewc.consolidate(batches(), nll)
-    layer: Any = model.hidden
-    fisher = ewc.state_dict()["tensors"]["0.layer.hidden.fisher"]
-    expected = (fisher * (layer.adapted_weight({"default": 1.0}) - layer.adapted_weight({})) ** 2).sum()
-    assert ewc.penalty().item() == 0.0
-    peftrt.set_active(model, None)
-    assert_close(ewc.penalty(), expected, roundings=4)
-
-
 def test_gradients_in_float64() -> None:
     generator = torch.Generator().manual_seed(1)
 
@@ -347,28 +332,6 @@ def _moved(ewc: EWC, model: nn.Module) -> Tensor:
     other = EWC(model, ewc.lambda_, mode=ewc.mode, target=ewc.target)
     other.load_state_dict(ewc.state_dict())
     return other.penalty()
-
-
-def test_another_adapter_goes_on_from_the_first() -> None:
-    """Task B gets an adapter of its own beside the frozen one of task A; the change since is its own."""
-    model = Net()
-    peftrt.adapt(model, peftrt.LoraConfig(r=2, target_modules=["hidden"]), name="a")
-    move(model, 0.2)
-    ewc = EWC(model, 1.0)
-    ewc.consolidate(batches(), nll)
-    fisher = ewc.state_dict()["tensors"]["0.layer.hidden.fisher"]
-    peftrt.adapt(model, peftrt.LoraConfig(r=3, target_modules=["hidden"]), name="b")
-    peftrt.set_active(model, {"a": 1.0, "b": 1.0})
-    assert ewc.penalty().item() == 0.0
-    move(model, 0.2)
-    layer: Any = model.hidden
-    assert_close(ewc.penalty().detach(), (fisher * layer.delta_weight("b") ** 2).sum(), roundings=4)
-    ewc.penalty().backward()
-    assert layer.adapter("b").lora_A.grad.any()
-    assert layer.adapter("a").lora_A.grad is None
-    # without any adapter the change since is that of the first, taken back
-    peftrt.set_active(model, None)
-    assert_close(ewc.penalty(), (fisher * layer.delta_weight("a") ** 2).sum(), roundings=4)
 
 
 def test_the_true_fisher_is_the_mean_over_the_models_own_labels() -> None:

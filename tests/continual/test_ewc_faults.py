@@ -212,6 +212,13 @@ def test_states_that_do_not_fit() -> None:
     )
 
 
+def test_an_online_state_is_of_one_task() -> None:
+    model = adapted()
+    ewc = EWC(model, 2.0, mode="online")
+    with pytest.raises(ValueError, match="one number at most in mode 'online'"):
+        ewc.load_state_dict({**ewc.state_dict(), "samples": [1, 2]})
+
+
 def test_arguments_that_are_refused() -> None:
     model = adapted()
 
@@ -233,6 +240,10 @@ def test_arguments_that_are_refused() -> None:
     dora = nn.Sequential(LoRALinear.from_linear(nn.Linear(6, 4), use_dora=True))
     refused("adapter 'default' of 0 is DoRA's, .* use target='parameters'", model=dora, target="delta")
     assert EWC(dora, 1.0).target == "parameters"
+    ia3 = Net()
+    peftrt.adapt(ia3, peftrt.IA3Config(target_modules=["hidden"], feedforward_modules=[]))
+    refused("adapter 'default' of hidden is IA3's, .* use target='parameters'", model=ia3, target="delta")
+    assert EWC(ia3, 1.0).target == "parameters"
 
 
 Make = Callable[..., EWC]
