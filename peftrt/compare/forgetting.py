@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from peftrt.compare.methods import Method
 from peftrt.compare.settings import Settings
 from peftrt.compare.subject import Subject
 from peftrt.compare.training import Show, fit, score
+from peftrt.continual import EWC, ReplayBuffer
 from peftrt.finetune.examples import Batch
 from peftrt.finetune.tasks import classify_loss
 
@@ -78,10 +79,9 @@ def _through(subject: Subject, former: Heads, heads: Heads, batch: Batch) -> Ten
         subject.put_head(heads)
 
 
-def _consolidated(subject: Subject, task: Task) -> Any:
+def _consolidated(subject: Subject, task: Task) -> Callable[[], Tensor]:
     """The penalty on changes of the body that the task would notice."""
-    continual = importlib.import_module("peftrt.continual")
-    ewc = continual.EWC(subject.body, LAMBDA)
+    ewc = EWC(subject.body, LAMBDA)
     batches = [task.train.batch(np.arange(i, i + 1)).to(subject.device) for i in _some(task)]
 
     def loss(body: nn.Module, batch: Batch) -> Tensor:
@@ -91,10 +91,9 @@ def _consolidated(subject: Subject, task: Task) -> Any:
     return ewc.penalty
 
 
-def _buffer(task: Task, seed: int) -> Any:
+def _buffer(task: Task, seed: int) -> ReplayBuffer:
     """Examples of the task to rehearse."""
-    continual = importlib.import_module("peftrt.continual")
-    buffer = continual.ReplayBuffer(SAMPLES, "reservoir", seed, padding={"ids": task.train.pad_id})
+    buffer = ReplayBuffer(SAMPLES, "reservoir", seed, padding={"ids": task.train.pad_id})
     for indices in task.train.by_length(64):
         batch = task.train.batch(indices)
         buffer.add({"ids": batch.input_ids, "mask": batch.attention_mask, "labels": batch.labels})

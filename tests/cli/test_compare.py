@@ -17,22 +17,19 @@ import pytest
 import torch
 from torch import nn
 
-import peftrt
 from peftrt.cli import main
 from peftrt.compare import run as running
 from peftrt.compare import worker
 from peftrt.compare.cells import Cell, plan
 from peftrt.compare.data import prepare, read_tasks
 from peftrt.compare.forgetting import forget
-from peftrt.compare.methods import BODY, METHODS, choose
+from peftrt.compare.methods import BODY, METHODS
 from peftrt.compare.report import markdown
 from peftrt.compare.settings import Settings
 from peftrt.compare.subject import Classifier, Subject
 from peftrt.compare.training import train
-from peftrt.finetune.errors import UserError
 from tests.cli.tiny import FRUIT, TOOLS, sentence, write_jsonl
 
-AVAILABLE = [method.name for method in METHODS.values() if method.available]
 PNG = b"\x89PNG"
 
 
@@ -122,7 +119,7 @@ def test_other_settings_are_refused(
     assert "is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_its_own_part(name: str, tmp_path: Path, bert: Path, two_labels: Path) -> None:
     settings = settings_of(bert, two_labels)
     prepare(settings, tmp_path)
@@ -177,7 +174,6 @@ def test_what_is_forgotten(name: str, tmp_path: Path, bert: Path, two_labels: Pa
 
 @pytest.mark.parametrize("variant", ["ewc", "replay"])
 def test_what_is_kept(variant: str, tmp_path: Path, bert: Path, two_labels: Path) -> None:
-    pytest.importorskip("peftrt.continual")
     settings = settings_of(bert, two_labels, steps=40, batch_size=8)
     prepare(settings, tmp_path)
     tasks = read_tasks(tmp_path)
@@ -251,13 +247,6 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments:
     errors = capsys.readouterr().err
     assert message in errors
     assert not (tmp_path / "out").exists()
-
-
-def test_a_method_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(peftrt, "OutputLayer")
-    with pytest.raises(UserError, match=r"output-layer needs peftrt\.OutputLayer"):
-        choose(["output-layer"])
-    assert "output-layer" not in [method.name for method in choose(None)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
