@@ -1,4 +1,4 @@
-"""The README's examples of serving and of paged state run as they stand, on a model of small sizes."""
+"""The README's examples run as they stand, on a model of small sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftrt
-from tests.adapters.tiny import build, config, tokens
+from tests.adapters.tiny import build, config, logits, tokens
 
 README = Path(__file__).parent.parent / "README.md"
 RANKS = {"rank8": 8, "rank16": 16, "rank64": 64, "rank256": 256}
@@ -63,3 +63,46 @@ def test_the_optimizers_example_trains_and_saves(
     same = peftrt.optim.PagedAdamW(peftrt.optim.param_groups(model, 2e-4))
     same.load(tmp_path / "state.safetensors")
     assert same.stats().pages > 0
+
+
+def methods() -> dict[str, str]:
+    """Heading -> the Python block below it."""
+    section = README.read_text().partition("\n## Methods\n")[2].partition("\n## ")[0]
+    parts = [part.partition("\n") for part in section.split("\n### ")[1:]]
+    blocks = {heading: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for heading, _, text in parts}
+    return {heading: code for heading, found in blocks.items() for code in found}
+
+
+def nll(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each text."""
+    logits = model(ids).logits[:, :-1].transpose(1, 2)
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").sum(1)
+
+
+@pytest.mark.parametrize("heading", methods())
+def test_every_method_s_lines(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = methods()[heading]
+    if heading not in ("Merging, switching, combining", "Not forgetting: EWC and replay"):
+        lines = [line for line in code.splitlines() if line and not line.startswith("...")]
+        assert len(lines) <= 5, "a method is to be had with a few lines"
+    for folder in ("adapters/fr", "adapters/de", "their/adapter") if "load(" in code else ():
+        other = build("llama")
+        peftrt.adapt(other, config("llama", target_modules=["q_proj", "v_proj"]), name="x")
+        peftrt.save(other, folder)
+    model: Any = build("llama")
+    base = logits(model)
+    names: dict[str, Any] = {"peftrt": peftrt, "torch": torch, "model": model}
+    if "former_batches" in code:
+        peftrt.adapt(model, config("llama"), name="fr")
+        former, new = ([tokens(seed=10 * task + i) for i in range(3)] for task in range(2))
+        names |= {"former_batches": former, "new_batches": new, "nll": nll}
+    exec(code, names)
+    if heading == "IA3":
+        assert torch.equal(logits(model), base)  # it begins with factors of 1
+    if "former_batches" in code:
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    if "FullFineTuning" in code:
+        assert all(p.requires_grad for p in model.parameters())
+    written = re.findall(r'(?:save|export)\(model, "(.*?)"', code)
+    assert all(any((tmp_path / folder).glob("*.safetensors")) for folder in written)

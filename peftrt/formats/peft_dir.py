@@ -14,7 +14,6 @@ from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.names import require_inside, resolve_inside
 from peftrt.formats.safe import MAX_BYTES, MAX_TENSORS
 
-WEIGHTS_NAME = PEFT.weights
 README_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
 
