@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from peftrt.adapters.attach import attach_adapter
 from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.ia3_config import IA3Config
+from peftrt.adapters.ia3_state import IA3State
 from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState
+from peftrt.adapters.method import AdapterTensors
 from peftrt.adapters.methods.lora import change_of
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.state import (
@@ -38,12 +42,13 @@ def add_weighted_adapter(
     adapters: Mapping[str, float],
     name: str,
     *,
-    combination_type: str = "svd",
+    combination_type: str | None = None,
     svd_rank: int | None = None,
 ) -> AdapterConfig:
-    """Make a new LoRA adapter of others: frozen, not active, and independent of them from then on.
+    """Make a new adapter of others: frozen, not active, and independent of them from then on.
 
-    ``D = sum_a w_a s_a B_a A_a`` is what ``set_active(model, adapters)`` adds to a weight. The names are HF peft's:
+    IA3's are summed, ``l = sum_a w_a l_a``, "linear" by name. Of LoRA ``D = sum_a w_a s_a B_a A_a`` is what
+    ``set_active(model, adapters)`` adds to a weight; the names are HF peft's:
 
     - "cat": D itself, of the sum of the ranks.
     - "svd": the matrix of rank ``svd_rank`` that is closest to D (Eckart and Young 1936), found by way of the factors,
@@ -55,16 +60,16 @@ def add_weighted_adapter(
         model: a model with adapters.
         adapters: name -> weight w_a, which may be negative.
         name: of the new adapter.
-        combination_type: "svd", "linear" or "cat".
+        combination_type: "svd", "linear" or "cat"; by default "svd" for LoRA.
         svd_rank: of "svd"; by default the largest rank of the adapters, layer by layer.
 
     Returns:
         The new adapter's configuration, with lora_alpha = r.
 
     Raises:
-        ValueError: an unknown name, no adapter, a weight that is not finite, an adapter that is not LoRA or is DoRA's,
-            ranks that differ where "linear" wants one, several copies of one module of ``modules_to_save``, or
-            adapters are merged.
+        ValueError: an unknown name, no adapter, a weight that is not finite, an adapter of another method or of DoRA,
+            ranks that differ where "linear" wants one, IA3's of other modules, several copies of one module of
+            ``modules_to_save``, or adapters are merged.
         AdapterNameError: the new name is taken or cannot be used.
     """
     state = expect_state(model, "add_weighted_adapter")
@@ -72,17 +77,76 @@ def add_weighted_adapter(
     check_new_name(name, state.configs)
     weights = as_weights(adapters)
     configs = _checked(state, weights, combination_type, svd_rank)
+    saved = _saved(model, state, weights)
+    config: AdapterConfig
+    tensors: AdapterTensors
+    if isinstance(configs[0], IA3Config):
+        config, tensors = _summed(model, state, weights, configs[0], saved)
+        paths, dtype = [*tensors.factors], next(iter(tensors.factors.values())).dtype
+    else:
+        config, tensors = _low_rank(model, state, weights, configs[0], saved, combination_type or "svd", svd_rank)
+        paths, dtype = [*tensors.pairs], next(iter(tensors.pairs.values()))[0].dtype
+    with all_or_nothing(model):
+        plan = Plan(existing=paths, saved=list(saved))
+        attach_adapter(model, state, name, config, plan, adapter_dtype=dtype, tensors=tensors)
+        for holder in holders(model, state).values():
+            if name in holder.adapter_names:
+                for parameter in holder.adapter_parameters(name):
+                    parameter.requires_grad_(False)
+    return config
+
+
+def _checked(
+    state: ModelAdapters, weights: Mapping[str, float], combination_type: str | None, svd_rank: int | None
+) -> list[LoraConfig] | list[IA3Config]:
+    """The configurations, all of one method."""
+    where = "add_weighted_adapter"
+    if combination_type not in (*COMBINATIONS, None):
+        expected = ", ".join(map(repr, COMBINATIONS))
+        raise ValueError(f"{where}: combination_type must be one of {expected}, got {combination_type!r}")
+    by_svd = combination_type in ("svd", None)
+    if svd_rank is not None and (not by_svd or type(svd_rank) is not int or svd_rank < 1):
+        raise ValueError(f"{where}: svd_rank must be an integer of at least 1, for 'svd' alone, got {svd_rank!r}")
+    if not weights:
+        raise ValueError(f"{where}: adapters must name at least one")
+    state.expect_known(weights, where)
+    state.expect_unmerged(where)
+    low_rank, factors = [], []
+    for name in weights:
+        config = state.configs[name]
+        if isinstance(config, IA3Config):
+            factors.append(config)
+        elif not isinstance(config, LoraConfig):
+            raise ValueError(f"{where}: adapter {name!r} ({type(config).__name__}) is not LoRA: it cannot be summed")
+        elif config.use_dora:
+            raise ValueError(f"{where}: adapter {name!r} is DoRA's: a magnitude multiplies the base's share too")
+        else:
+            low_rank.append(config)
+    if low_rank and factors:
+        raise ValueError(f"{where}: adapters of LoRA and of IA3 cannot be summed into one: {', '.join(weights)}")
+    if factors and (combination_type not in ("linear", None) or svd_rank is not None):
+        raise ValueError(f"{where}: adapters of IA3 are summed 'linear', got {combination_type!r}, svd_rank={svd_rank}")
+    return low_rank or factors
+
+
+def _low_rank(
+    model: nn.Module,
+    state: ModelAdapters,
+    weights: Mapping[str, float],
+    first: LoraConfig,
+    saved: dict[str, dict[str, Tensor]],
+    combination_type: str,
+    svd_rank: int | None,
+) -> tuple[LoraConfig, LoraState]:
     pairs: dict[str, Pair] = {}
     for path, layer in adapter_layers(model, state).items():
-        held = [other for other in weights if other in layer.adapter_names]
+        held = [name for name in weights if name in layer.adapter_names]
         if held:
-            scaled = [(change_of(layer, other), weights[other] * layer.adapter(other).scaling) for other in held]
+            scaled = [(change_of(layer, name), weights[name] * layer.adapter(name).scaling) for name in held]
             pairs[path] = _combined(path, scaled, combination_type, svd_rank)
-    saved = _saved(model, state, weights)
     ranks = {path: pair[0].shape[0] for path, pair in pairs.items()}
     most = max(ranks.values())
     others: Any = {path: rank for path, rank in ranks.items() if rank != most}
-    first = configs[0]
     config = LoraConfig(
         r=most,
         lora_alpha=most,
@@ -95,40 +159,34 @@ def add_weighted_adapter(
         base_model_name_or_path=first.base_model_name_or_path,
     )
     embeddings = {path for path in pairs if isinstance(model.get_submodule(path), LoRAEmbedding)}
-    tensors = LoraState(pairs=pairs, embeddings=embeddings, saved=saved)
-    dtype = next(iter(pairs.values()))[0].dtype
-    with all_or_nothing(model):
-        plan = Plan(existing=list(pairs), saved=list(saved))
-        attach_adapter(model, state, name, config, plan, adapter_dtype=dtype, tensors=tensors)
-        for holder in holders(model, state).values():
-            if name in holder.adapter_names:
-                for parameter in holder.adapter_parameters(name):
-                    parameter.requires_grad_(False)
-    return config
+    return config, LoraState(pairs=pairs, embeddings=embeddings, saved=saved)
 
 
-def _checked(
-    state: ModelAdapters, weights: Mapping[str, float], combination_type: str, svd_rank: int | None
-) -> list[LoraConfig]:
-    where = "add_weighted_adapter"
-    if combination_type not in COMBINATIONS:
-        expected = ", ".join(map(repr, COMBINATIONS))
-        raise ValueError(f"{where}: combination_type must be one of {expected}, got {combination_type!r}")
-    if svd_rank is not None and (combination_type != "svd" or type(svd_rank) is not int or svd_rank < 1):
-        raise ValueError(f"{where}: svd_rank must be an integer of at least 1, for 'svd' alone, got {svd_rank!r}")
-    if not weights:
-        raise ValueError(f"{where}: adapters must name at least one")
-    state.expect_known(weights, where)
-    state.expect_unmerged(where)
-    found = []
-    for name in weights:
-        config = state.configs[name]
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"{where}: adapter {name!r} ({type(config).__name__}) is not LoRA: it cannot be summed")
-        if config.use_dora:
-            raise ValueError(f"{where}: adapter {name!r} is DoRA's: a magnitude multiplies the base's share too")
-        found.append(config)
-    return found
+def _summed(
+    model: nn.Module,
+    state: ModelAdapters,
+    weights: Mapping[str, float],
+    first: IA3Config,
+    saved: dict[str, dict[str, Tensor]],
+) -> tuple[IA3Config, IA3State]:
+    """IA3's factors; those of one adapter and not of another would be 1 there, and what of a sum of weights is 1?"""
+    factors: dict[str, Tensor] = {}
+    for path, layer in adapter_layers(model, state).items():
+        found = {name: adapter for name in weights if (adapter := layer.ia3(name)) is not None}
+        if not found:
+            continue
+        if len(found) < len(weights) or len({adapter.ia3_l.shape for adapter in found.values()}) > 1:
+            raise ValueError(
+                f"add_weighted_adapter: {path} has factors of {', '.join(map(repr, found))}; adapters of IA3 are "
+                "summed where they scale the same sides of the same modules"
+            )
+        total = sum(weights[name] * adapter.ia3_l.detach() for name, adapter in found.items())
+        assert isinstance(total, Tensor)
+        factors[path] = total
+    inner = tuple(path for path in sorted(factors) if first.scales_input(path))
+    whole = tuple(saved) or None
+    config = replace(first, target_modules=tuple(sorted(factors)), feedforward_modules=inner, modules_to_save=whole)
+    return config, IA3State(factors=factors, saved=saved)
 
 
 def _combined(path: str, scaled: list[tuple[Pair, float]], combination_type: str, svd_rank: int | None) -> Pair:

@@ -171,3 +171,46 @@ def test_what_cannot_be_summed_is_refused() -> None:
     peftrt.merge(model)
     with unchanged(model), pytest.raises(ValueError, match="merged into the base"):
         peftrt.add_weighted_adapter(model, WEIGHTS, "both")
+
+
+def with_factors(kind: str = "llama") -> Any:
+    """A model with two IA3 adapters of one shape."""
+    model = build(kind)
+    targets, inner = TARGETS[kind][:2], TARGETS[kind][1:2]
+    for seed, name in enumerate(("fr", "de")):
+        torch.manual_seed(seed)
+        config_of = peftrt.IA3Config(target_modules=targets, feedforward_modules=inner, init_ia3_weights=False)
+        peftrt.adapt(model, config_of, name=name)
+    return model
+
+
+def test_ia3_is_summed_as_by_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    quiet()
+    model = with_factors()
+    for name in ("fr", "de"):
+        peftrt.save(model, tmp_path / name, name=name)
+    theirs = peft.PeftModel.from_pretrained(build("llama"), str(tmp_path / "fr"), adapter_name="fr")
+    theirs.load_adapter(str(tmp_path / "de"), adapter_name="de")
+    theirs.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "both")
+    theirs.set_adapter("both")
+    before = logits(model)
+    peftrt.add_weighted_adapter(model, WEIGHTS, "both")
+    assert_same_bits(logits(model), before)
+    peftrt.set_active(model, "both")
+    assert (logits(model) - logits(theirs.eval())).abs().max() < 1e-6
+    assert (logits(model) - before).abs().max() > 1e-3
+
+
+def test_factors_that_do_not_go_together_are_refused() -> None:
+    model = with_factors()
+    other = peftrt.IA3Config(target_modules=TARGETS["llama"][:1], feedforward_modules=[])
+    peftrt.adapt(model, other, name="es")
+    peftrt.adapt(model, config("llama"), name="lora")
+    with unchanged(model):
+        with pytest.raises(ValueError, match="k_proj has factors of 'fr'; adapters of IA3"):
+            peftrt.add_weighted_adapter(model, {"fr": 1.0, "es": 1.0}, "both")
+        with pytest.raises(ValueError, match="of LoRA and of IA3 cannot be summed"):
+            peftrt.add_weighted_adapter(model, {"fr": 1.0, "lora": 1.0}, "both")
+        with pytest.raises(ValueError, match="summed 'linear', got 'svd'"):
+            peftrt.add_weighted_adapter(model, WEIGHTS, "both", combination_type="svd")
