@@ -34,6 +34,7 @@ OPS = (
     "nf4_quantize",
     "ia3_linear",
     "lora_linear",
+    "bottleneck",
     "train_step",
     "paged_adamw",
     "multi_lora_linear",
