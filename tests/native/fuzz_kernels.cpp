@@ -337,7 +337,7 @@ int run_case(const Kernels& kernels, const Case& c) {
   if (run_gradient(kernels, c, base, w, x, dy, parallel)) return 1;
   if (run_weight_norm(kernels, c, weight, dense, parallel)) return 1;
   if (run_row_scale_gradient(kernels, c, dy, y, c.bias ? &bias : nullptr, parallel)) return 1;
-  if (run_bottleneck(kernels, c, x, parallel)) return 1;
+  if (run_bottleneck(kernels, c, parallel)) return 1;
   const RandomParts random(c.n);
   if (run_multi(kernels, c, {&nf4, &values, nullptr}, w, x, dy, c.bias ? &bias : nullptr, random.get(), parallel))
     return 1;
