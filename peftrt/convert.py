@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from peftrt.adapters.adapterhub import read_from_hub, to_hub
-from peftrt.adapters.adapterhub.fields import read_hub_fields
 from peftrt.adapters.methods import method_of_file
 from peftrt.adapters.state import ModelAdapters
 from peftrt.finetune.errors import UserError, require
@@ -70,13 +69,6 @@ def _to_peft(directory: str, target: str, model: str | None, name: str) -> str:
     if values["peft_type"] == "BOTTLENECK":
         raise UnsupportedError(
             f"{directory}: HF peft has no bottleneck adapters; peftrt.load reads the directory as it is"
-        )
-    fields = read_hub_fields(given, os.path.join(directory, CONFIG_NAME))
-    inner = [name for name in ("intermediate_lora", "output_lora") if fields.get(name)]
-    if values["peft_type"] == "IA3" and inner:
-        raise UnsupportedError(
-            f"{directory}: {inner[0]} = True: AdapterHub's (IA)^3 scales the output of a layer of the feed-forward "
-            "block, HF peft's the input of its last one: the two differ; peftrt.load reads the directory as it is"
         )
     if values.get("shift_positions") is False:
         raise UnsupportedError(

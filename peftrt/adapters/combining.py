@@ -183,7 +183,7 @@ def _summed(
         total = sum(weights[name] * adapter.ia3_l.detach() for name, adapter in found.items())
         assert isinstance(total, Tensor)
         factors[path] = total
-    inner = tuple(path for path in sorted(factors) if first.scales_input(path))
+    inner = tuple(path for path in sorted(factors) if first.is_feedforward(path))
     whole = tuple(saved) or None
     config = replace(first, target_modules=tuple(sorted(factors)), feedforward_modules=inner, modules_to_save=whole)
     return config, IA3State(factors=factors, saved=saved)

@@ -6,21 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peftrt.adapters.config import check_choice, check_switch
+from peftrt.adapters.config import check_switch
 from peftrt.adapters.pattern import compile_bounded
 from peftrt.adapters.peft_fields import read_fields
 from peftrt.adapters.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError
-
-# Which side of a feed-forward module is scaled.
-SCALINGS = ("input", "output")
 
 
 @dataclass(frozen=True)
 class IA3Config(TargetedConfig):
     """What to adapt with IA3: y = c * (x W^T + b), or y = (u * x) W^T + b of a feed-forward module.
 
-    The fields are HF peft's, but for the last. Lists may be given as any sequence or set of ``str``; they are kept as
+    The fields are HF peft's. Lists may be given as any sequence or set of ``str``; they are kept as
     tuples. peft guesses both lists of modules by the model's type; here they are named. Liu et al. 2022
     (https://arxiv.org/abs/2205.05638), section 3.3, have the keys' and values' projections, and the second map of the
     feed-forward part: ``["k_proj", "v_proj", "down_proj"]`` and ``["down_proj"]`` on a Llama.
@@ -30,12 +27,10 @@ class IA3Config(TargetedConfig):
             expression for whole paths; or "all-linear".
         feedforward_modules: those among them whose inputs are scaled: ends of paths, each of them one of
             ``target_modules``, or the end of one, where those are names too; or one regular expression for whole paths;
-            ``()`` for none.
+            ``()`` for none: outputs of all are scaled then, which is AdapterHub's form.
         exclude_modules: names or a regular expression of modules to leave out.
         fan_in_fan_out: the base stores [in, out], as GPT-2's Conv1D does.
         init_ia3_weights: True: all factors 1, which changes nothing; False: normal values (for tests).
-        feedforward_scaling: "input", as peft has it; "output" scales what comes out of feed-forward modules as well,
-            which is AdapterHub's form. It cannot be written as a directory of peft's.
         modules_to_save: names of modules that are trained and saved in full.
         task_type, base_model_name_or_path, revision, inference_mode: recorded, as in peft.
 
@@ -48,7 +43,6 @@ class IA3Config(TargetedConfig):
     exclude_modules: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
-    feedforward_scaling: str = "input"
 
     peft_type: ClassVar[str] = "IA3"
 
@@ -66,24 +60,13 @@ class IA3Config(TargetedConfig):
                 raise ConfigError(f"feedforward_modules: {strays[0]!a} is not among target_modules")
         for name in ("fan_in_fan_out", "init_ia3_weights"):
             check_switch(name, getattr(self, name))
-        check_choice("feedforward_scaling", self.feedforward_scaling, SCALINGS)
 
     def is_feedforward(self, path: str) -> bool:
-        """Whether ``feedforward_modules`` names the module at ``path``, decided as peft does: a name is any end."""
+        """Whether the factors of the module at ``path`` are its inputs', decided as peft does: a name is any end."""
         inner = self.feedforward_modules
         if isinstance(inner, str):
             return bool(compile_bounded(inner, "feedforward_modules").fullmatch(path))
         return path.endswith(tuple(inner or ()))
-
-    def scales_input(self, path: str) -> bool:
-        """Whether the factors of the module at ``path`` are its inputs'."""
-        return self.feedforward_scaling == "input" and self.is_feedforward(path)
-
-    def to_peft_dict(self, *, inference_mode: bool = True) -> dict[str, Any]:
-        """The contents of peft's ``adapter_config.json``, which has no ``feedforward_scaling``."""
-        values = super().to_peft_dict(inference_mode=inference_mode)
-        del values["feedforward_scaling"]
-        return values
 
     @classmethod
     def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> IA3Config:
@@ -97,8 +80,8 @@ class IA3Config(TargetedConfig):
             ConfigError: ``peft_type``, ``target_modules`` or ``feedforward_modules`` is missing, or a field is bad.
             UnsupportedError: another ``peft_type``, or a field that would change the result and is not supported.
         """
-        known, required = cls.field_names() - {"feedforward_scaling"}, ("target_modules", "feedforward_modules")
-        fields = read_fields(values, source, kind=cls.peft_type, known=known, required=required)
+        required = ("target_modules", "feedforward_modules")
+        fields = read_fields(values, source, kind=cls.peft_type, known=cls.field_names(), required=required)
         try:
             return cls(**fields)
         except ConfigError as error:

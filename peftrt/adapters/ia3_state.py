@@ -70,7 +70,7 @@ def validate_ia3_tensors(
 
 
 def _expect_side(config: IA3Config, path: str, tensor: Tensor, where: str) -> None:
-    inputs = config.scales_input(path)
+    inputs = config.is_feedforward(path)
     if tensor.ndim == 2 and tensor.shape[0 if inputs else 1] == 1 and tensor.numel() > 0:
         return
     expected = (

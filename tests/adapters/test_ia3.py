@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import peftrt
 from peftrt.adapters.ia3_config import IA3Config
-from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import AdapterLinear, IA3Adapter
 from tests.adapters.test_peft import LIMIT, scramble
 from tests.adapters.tiny import ALL_KINDS, TASKS, build, config, inputs_of, logits, quiet, state_of, tokens, unchanged
@@ -325,26 +324,6 @@ def test_reports_and_removal() -> None:
     peftrt.remove(model, "fr")
     assert peftrt.adapter_names(model) == ()
     assert_same_bits(logits(model), logits(biased("llama")))
-
-
-@pytest.mark.parametrize("kind", ALL_KINDS)
-def test_the_other_form_scales_what_comes_out(kind: str, tmp_path: Path) -> None:
-    """AdapterHub's form is peft's with no feed-forward module at all, under a name that peft has not."""
-    model = ours(kind, feedforward_scaling="output")
-    assert all(not layer.ia3("fr").feedforward for layer in layers_of(model).values())
-    with pytest.raises(UnsupportedError, match="adapter 'fr': feedforward_scaling 'output' cannot be written"):
-        peftrt.save(model, tmp_path / "fr")
-    assert not (tmp_path / "fr").exists()
-    plain = biased(kind)
-    peftrt.adapt(plain, IA3Config(**fields(kind, "outputs alone")), name="fr")
-    values = {name: p for name, p in model.named_parameters() if "ia3_l" in name}
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            if "ia3_l" in name:
-                parameter.copy_(values[name])
-    assert_same_bits(logits(model), logits(plain))
-    peftrt.save(plain, tmp_path)
-    assert (logits(peft_load(kind, tmp_path)) - logits(model)).abs().max() <= LIMIT
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

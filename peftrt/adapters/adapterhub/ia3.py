@@ -83,7 +83,7 @@ def ia3_to_hub(
     vectors: dict[str, Tensor] = {}
     for key, vector in tensors.items():
         path = key.removeprefix(KEY_PREFIX).removesuffix(_SUFFIX)
-        if config.scales_input(path):
+        if config.is_feedforward(path):
             raise UnsupportedError(
                 f"{path}: HF peft's (IA)^3 scales the input of a feed-forward module, AdapterHub's the output: the two "
                 "differ"

@@ -60,7 +60,9 @@ class IA3(Method[IA3Config, IA3State]):
             layer = model.get_submodule(path)
             assert isinstance(layer, AdapterLinear)
             init = config.init_ia3_weights or tensors is not None
-            adapter = layer.add_ia3(name, feedforward=config.scales_input(path), init=init, adapter_dtype=adapter_dtype)
+            adapter = layer.add_ia3(
+                name, feedforward=config.is_feedforward(path), init=init, adapter_dtype=adapter_dtype
+            )
             if tensors is not None:
                 with torch.no_grad():
                     adapter.ia3_l.copy_(tensors.factors[path])
@@ -80,7 +82,7 @@ class IA3(Method[IA3Config, IA3State]):
             if is_embedding(module):
                 raise FormatError(f"{source}: module {path!a}: {NO_IA3}")
             n, k = sizes(module)
-            expected = [1, k] if config.scales_input(path) else [n, 1]
+            expected = [1, k] if config.is_feedforward(path) else [n, 1]
             if list(factors.shape) != expected:
                 raise FormatError(
                     f"{source}: module {path!a}: ia3_l is {list(factors.shape)}, the model's weight of [{n}, {k}] "
@@ -94,18 +96,9 @@ class IA3(Method[IA3Config, IA3State]):
         return other_tensors(model, tensors, source)
 
     def contents(self, model: nn.Module, state: ModelAdapters, name: str) -> tuple[IA3Config, dict[str, Tensor]]:
-        """As of :class:`Method`.
-
-        Raises:
-            UnsupportedError: ``feedforward_scaling`` is "output", which peft's directories have no word for.
-        """
+        """As of :class:`Method`."""
         config = state.configs[name]
         assert isinstance(config, IA3Config)
-        if config.feedforward_scaling != "input":
-            raise UnsupportedError(
-                f"adapter {name!r}: feedforward_scaling {config.feedforward_scaling!r} cannot be written as a "
-                "directory of HF peft, which scales the inputs of feedforward_modules"
-            )
         layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
         tensors: dict[str, Tensor] = {}
         for path, layer in layers.items():
