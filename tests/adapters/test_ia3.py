@@ -14,9 +14,21 @@ from torch import Tensor, nn
 
 import peftrt
 from peftrt.adapters.ia3_config import IA3Config
+from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import AdapterLinear, IA3Adapter
 from tests.adapters.test_peft import LIMIT, scramble
-from tests.adapters.tiny import ALL_KINDS, TASKS, build, config, inputs_of, logits, quiet, state_of, tokens, unchanged
+from tests.adapters.tiny import (
+    ALL_KINDS,
+    TASKS,
+    config,
+    inputs_of,
+    logits,
+    mild,
+    quiet,
+    state_of,
+    tokens,
+    unchanged,
+)
 from tests.tolerances import assert_close, assert_same_bits
 
 peft = pytest.importorskip("peft")
@@ -65,7 +77,7 @@ def fields(kind: str, variant: str = "paper", **more: Any) -> dict[str, Any]:
 
 def biased(kind: str) -> Any:
     """A model whose biases are not zero: what scales a bias must show."""
-    model = build("mild t5" if kind == "t5" else kind)
+    model = mild(kind)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
