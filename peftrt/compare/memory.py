@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 from pathlib import Path
 
@@ -20,12 +21,12 @@ class Peak:
     """
 
     def __init__(self) -> None:
-        gc.collect()
+        _give_back()
         self._before = 0 if torch.cuda.is_available() else _status("VmRSS")
 
     def begin(self) -> None:
         """From here on."""
-        gc.collect()
+        _give_back()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             return
@@ -37,6 +38,13 @@ class Peak:
         """The highest so far."""
         highest = peak_memory() if torch.cuda.is_available() else _status("VmHWM")
         return max(0, highest - self._before)
+
+
+def _give_back() -> None:
+    """Hand what is free on to the system: what malloc keeps would be used again, and not be seen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:

@@ -18,20 +18,20 @@ Row = dict[str, Any]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: row["method"],
     "accuracy": lambda row: _spread(row, "accuracy"),
-    "trained": lambda row: f"{row['trainable_share']:.3%}",
-    "peak memory": lambda row: human_bytes(row["peak_bytes"]),
+    "trained": lambda row: f"{100 * row['trainable_share']:.3g}%",
+    "memory": lambda row: human_bytes(row["peak_bytes"]),
     "steps/s": lambda row: f"{row['steps_per_second']:.2f}",
     "file": lambda row: human_bytes(row["file_bytes"]),
-    "added latency": lambda row: f"{row['added_latency']:+.0%}",
-    "learning rate": lambda row: f"{row['lr']:g}",
+    "latency": lambda row: f"{row['added_latency']:+.0%}",
+    "rate": lambda row: f"{row['lr']:g}",
 }
 FORGETTING: dict[str, Callable[[Row], str]] = {
     "method": lambda row: row["method"],
-    "second task": lambda row: row["variant"],
-    "first task before": lambda row: _spread(row, "before"),
+    "with": lambda row: row["variant"],
+    "before": lambda row: _spread(row, "before"),
     "after": lambda row: _spread(row, "after"),
     "forgotten": lambda row: _spread(row, "forgotten"),
-    "second task's accuracy": lambda row: _spread(row, "second"),
+    "second": lambda row: _spread(row, "second"),
 }
 
 
@@ -44,7 +44,7 @@ def print_table(out: Console, found: dict[str, Any]) -> None:
         if rows:
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
             for number, title in enumerate(columns):
-                table.add_column(title, justify="left" if number == 0 else "right")
+                table.add_column(title, justify="left" if number == 0 else "right", no_wrap=True)
             for row in rows:
                 table.add_row(*(cell(row) for cell in columns.values()))
             out.print(table)
@@ -65,9 +65,10 @@ def markdown(found: dict[str, Any]) -> str:
         "# Ways to fine-tune, compared",
         "",
         f"{what}: {settings['steps']} steps of {settings['batch_size']} examples, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{found['threads']} threads, torch {found['torch']}. Accuracy on held-out examples, its spread over seeds "
-        "after the ±. Peak memory of a training in a process of its own, above what it held before it had a model. "
-        "Added latency is the adapted model's forward against the published one's, in fp32, in turn.",
+        f"{found['threads']} thread{'s' * (found['threads'] > 1)}, torch {found['torch']}. Accuracy on held-out "
+        "examples, its spread over seeds after the ±; share of the parameters trained; peak memory of a training in a "
+        "process of its own, above what it held before it had a model; size of the files; what a forward of the "
+        "adapted model takes more than the published one's, in fp32, in turn; learning rate.",
         "",
         *_grid(COLUMNS, found["methods"]),
     ]
@@ -76,8 +77,8 @@ def markdown(found: dict[str, Any]) -> str:
             "",
             "## Forgetting",
             "",
-            "The first task's accuracy before and after the second was learnt, each task with a head of its own. A "
-            "method that trains only the head forgets nothing.",
+            "The first task's accuracy before and after the second was learnt, what was forgotten, and the second's "
+            "accuracy; each task has a head of its own. A method that trains only the head forgets nothing.",
             "",
             *_grid(FORGETTING, found["forgetting"]),
         ]
