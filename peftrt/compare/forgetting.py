@@ -17,9 +17,10 @@ from peftrt.compare.subject import Subject
 from peftrt.compare.training import Show, fit, score
 from peftrt.continual import EWC, ReplayBuffer
 from peftrt.finetune.examples import Batch
+from peftrt.finetune.settings import Settings as RunSettings
 from peftrt.finetune.tasks import classify_loss
 
-LAMBDA = 1e3
+LAMBDA = RunSettings.ewc_lambda  # what finetune begins with
 SAMPLES = 200  # of the first task: those that the Fisher is measured on, and those that are replayed
 SHARE = 0.5  # of a batch: how many of the first task's examples come beside the second's
 

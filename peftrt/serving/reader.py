@@ -17,7 +17,7 @@ from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.method import AdapterTensors
-from peftrt.adapters.methods.lora import Lora
+from peftrt.adapters.methods.lora import LoraMethod
 from peftrt.adapters.reading import read_adapter, read_files, warn_of_differences
 from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import UnsupportedError
@@ -119,7 +119,7 @@ class Reader:
                 f"adapter {name!a}: the files in {directory} are not those that were loaded; load it again with "
                 "replace=True to serve them"
             )
-        return self._pack(*Lora().parse(values, tensors, directory), directory).image
+        return self._pack(*LoraMethod().parse(values, tensors, directory), directory).image
 
     def _expect_sites(self, config: LoraConfig, parts: LoraState, source: str) -> None:
         """Refuse what a pool's tables have no room for."""

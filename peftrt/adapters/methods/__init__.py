@@ -8,22 +8,22 @@ from typing import Any
 from peftrt.adapters.config import AdapterConfig
 from peftrt.adapters.method import Method
 from peftrt.adapters.methods.bottleneck import BottleneckMethod
-from peftrt.adapters.methods.conventional import Everything, Head, HeadOverFeatures
-from peftrt.adapters.methods.ia3 import IA3
-from peftrt.adapters.methods.lora import Lora
+from peftrt.adapters.methods.conventional import FeatureExtractionMethod, FullFineTuningMethod, OutputLayerMethod
+from peftrt.adapters.methods.ia3 import IA3Method
+from peftrt.adapters.methods.lora import LoraMethod
 from peftrt.adapters.methods.prefix import PrefixMethod
 from peftrt.adapters.methods.prompt import PromptMethod
 from peftrt.adapters.peft_fields import expect_kind
 
 METHODS: tuple[Method[Any, Any], ...] = (
-    Lora(),
+    LoraMethod(),
     BottleneckMethod(),
     PrefixMethod(),
     PromptMethod(),
-    IA3(),
-    Head(),
-    HeadOverFeatures(),
-    Everything(),
+    IA3Method(),
+    OutputLayerMethod(),
+    FeatureExtractionMethod(),
+    FullFineTuningMethod(),
 )
 
 

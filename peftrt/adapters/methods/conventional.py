@@ -95,13 +95,13 @@ class _Heads(Method[H, HeadTensors]):
         return []
 
 
-class Head(_Heads[OutputLayer]):
+class OutputLayerMethod(_Heads[OutputLayer]):
     """The output head alone."""
 
     config_type = OutputLayer
 
 
-class HeadOverFeatures(_Heads[FeatureExtraction]):
+class FeatureExtractionMethod(_Heads[FeatureExtraction]):
     """The output head alone, over features of the body that are kept."""
 
     config_type = FeatureExtraction
@@ -145,7 +145,7 @@ class HeadOverFeatures(_Heads[FeatureExtraction]):
             features.add_adapter(name, Share(most, config.device))
 
 
-class Everything(Method[FullFineTuning, HeadTensors]):
+class FullFineTuningMethod(Method[FullFineTuning, HeadTensors]):
     """All of the model's Parameters, in their place."""
 
     config_type = FullFineTuning

@@ -24,7 +24,7 @@ from peftrt.nn import AdapterLinear
 from peftrt.nn.lora_embedding import NO_IA3
 
 
-class IA3(Method[IA3Config, IA3State]):
+class IA3Method(Method[IA3Config, IA3State]):
     """``y = c * (x W^T + b)``, or ``y = (u * x) W^T + b`` of a feed-forward module."""
 
     config_type = IA3Config

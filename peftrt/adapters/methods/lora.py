@@ -31,7 +31,7 @@ from peftrt.nn import AdapterLinear, QLoRALinear
 from peftrt.nn.initialisation import parse
 
 
-class Lora(Method[LoraConfig, LoraState]):
+class LoraMethod(Method[LoraConfig, LoraState]):
     """``y = c * (x W^T + s (drop(x) A^T) B^T) + b``; c is 1, or DoRA's."""
 
     config_type = LoraConfig
