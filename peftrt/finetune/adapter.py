@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -15,50 +13,9 @@ import peftrt
 from peftrt.adapters.reading import read_adapter
 from peftrt.adapters.state import ModelAdapters
 from peftrt.finetune.errors import UserError
-from peftrt.formats._pair import CONFIG_NAME, form_of
+from peftrt.finetune.settings import Settings
 
-if TYPE_CHECKING:
-    from peftrt.finetune.settings import Settings
-
-LABELS = "labels.json"
 _TASK_TYPES = {"classify": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-
-
-def adapter_files(directory: Path, task: str) -> tuple[str, ...]:
-    """What a run for this task reads of an adapter's directory."""
-    return (CONFIG_NAME, form_of(str(directory)).weights, *((LABELS,) if task == "classify" else ()))
-
-
-def check_adapter(directory: Path, task: str) -> None:
-    """Raise UserError unless the directory looks like one that a run for this task has left."""
-    if not directory.is_dir():
-        raise UserError(f"--adapter: no such directory: {directory}")
-    for name in (CONFIG_NAME, form_of(str(directory)).weights):
-        if not (directory / name).is_file():
-            raise UserError(f"--adapter: {directory} has no {name}: expected the directory of an adapter")
-    if task == "classify":
-        adapter_labels(directory)
-
-
-def adapter_labels(directory: Path) -> tuple[str, ...]:
-    """The labels of an adapter's head, in the order of its rows.
-
-    Raises:
-        UserError: the directory does not tell them.
-    """
-    path = directory / LABELS
-    if not path.is_file():
-        raise UserError(
-            f"--adapter: {directory} has no {LABELS}: a list of the labels, in the order of the head's rows"
-        )
-    try:
-        labels = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"--adapter: {path} is damaged: {error}") from None
-    strings = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if not strings or len(labels) < 2 or len(set(labels)) != len(labels):
-        raise UserError(f"--adapter: {path} must be a list of two or more different labels, got {labels!r:.200}")
-    return tuple(labels)
 
 
 def put_adapter(model: nn.Module, settings: Settings, whole: Sequence[str], note: Callable[[str], None]) -> Any:

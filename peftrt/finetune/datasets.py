@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from peftrt.finetune.adapter import adapter_labels
+from peftrt.finetune.adapter_files import adapter_labels
 from peftrt.finetune.errors import UserError
 from peftrt.finetune.examples import Examples
 from peftrt.finetune.records import Record, read_records

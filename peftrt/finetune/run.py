@@ -15,7 +15,8 @@ from torch import Tensor
 import peftrt
 from peftrt.continual import EWC
 from peftrt.finetune import checkpoint, models
-from peftrt.finetune.adapter import LABELS, adapter_files, put_adapter
+from peftrt.finetune.adapter import put_adapter
+from peftrt.finetune.adapter_files import LABELS, adapter_files
 from peftrt.finetune.checkpoint import CHECKPOINT, RUN, Interrupts, write_json
 from peftrt.finetune.datasets import Dataset, load_dataset
 from peftrt.finetune.errors import Interrupted, RunError, UserError

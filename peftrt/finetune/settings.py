@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from peftrt.finetune.adapter import check_adapter
+from peftrt.finetune.adapter_files import check_adapter
 from peftrt.finetune.errors import UserError
 from peftrt.finetune.optimizers import PAGED
 from peftrt.finetune.records import check_file
