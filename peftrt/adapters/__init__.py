@@ -2,18 +2,18 @@
 
 from peftrt.adapters.activation import active_adapters, adapter_names, remove, rows, set_active
 from peftrt.adapters.attach import adapt
-from peftrt.adapters.bottleneck_config import BottleneckConfig
 from peftrt.adapters.combining import add_weighted_adapter
-from peftrt.adapters.conventional_config import FeatureExtraction, FullFineTuning, OutputLayer
+from peftrt.adapters.configs.bottleneck import BottleneckConfig
+from peftrt.adapters.configs.conventional import FeatureExtraction, FullFineTuning, OutputLayer
+from peftrt.adapters.configs.ia3 import IA3Config
+from peftrt.adapters.configs.lora import LoraConfig
+from peftrt.adapters.configs.virtual_tokens import PrefixTuningConfig, PromptTuningConfig
 from peftrt.adapters.explaining import Explanation, SiteChoice, explain
 from peftrt.adapters.exporting import export
 from peftrt.adapters.fusing import fuse
 from peftrt.adapters.hotswapping import hotswap
-from peftrt.adapters.ia3_config import IA3Config
 from peftrt.adapters.io import load, save
-from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.merging import merge, unmerge
-from peftrt.adapters.prompt_config import PrefixTuningConfig, PromptTuningConfig
 from peftrt.adapters.report import AdaptedSite, AdaptReport
 from peftrt.adapters.source import empty_weights
 

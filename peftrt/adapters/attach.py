@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftrt.adapters.activation import activate
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.fusing import fuse as lay_siblings_together
 from peftrt.adapters.fusing import quantized_together, siblings
 from peftrt.adapters.method import AdapterTensors

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.adapters.attach import attach_adapter
-from peftrt.adapters.config import AdapterConfig
-from peftrt.adapters.ia3_config import IA3Config
+from peftrt.adapters.configs.base import AdapterConfig
+from peftrt.adapters.configs.ia3 import IA3Config
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.ia3_state import IA3State
-from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.method import AdapterTensors
 from peftrt.adapters.methods.lora import change_of

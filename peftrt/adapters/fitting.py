@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from peftrt.adapters.configs.targeted import TargetedConfig
 from peftrt.adapters.match import matches
 from peftrt.adapters.plan import Plan, cannot_adapt, expect_module, is_embedding, is_linear, output_head
 from peftrt.adapters.state import ModelAdapters
-from peftrt.adapters.targeted import TargetedConfig
 from peftrt.formats.errors import FormatError
 from peftrt.nn import AdapterLinear, NF4Linear
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.reading import read_adapter, warn_of_differences
 from peftrt.adapters.state import adapter_layers, expect_state, saved_modules, unwrap

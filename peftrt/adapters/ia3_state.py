@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peftrt.adapters.ia3_config import IA3Config
+from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.adapters.match import matches, unmatched_targets
 from peftrt.formats.errors import FormatError
 from peftrt.formats.nf4 import FLOAT_DTYPES

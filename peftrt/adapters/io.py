@@ -12,7 +12,7 @@ from torch import nn
 from peftrt.adapters.activation import activate, detach
 from peftrt.adapters.adapterhub import to_hub
 from peftrt.adapters.attach import adapter_parameters, attach_adapter, wrap_dense
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.methods import expect_room, method_of
 from peftrt.adapters.reading import read_adapter, warn_of_differences
 from peftrt.adapters.state import (

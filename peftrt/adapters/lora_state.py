@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.match import matches, unmatched_targets
 from peftrt.formats.errors import FormatError, UnsupportedError
 from peftrt.formats.peft_dir import join_key, split_key

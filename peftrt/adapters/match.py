@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from peftrt.adapters.config import AdapterConfig
-from peftrt.adapters.lora_config import LoraConfig, pattern_key
-from peftrt.adapters.pattern import compile_bounded
-from peftrt.adapters.targeted import TargetedConfig
+from peftrt.adapters.configs.base import AdapterConfig
+from peftrt.adapters.configs.lora import LoraConfig, pattern_key
+from peftrt.adapters.configs.pattern import compile_bounded
+from peftrt.adapters.configs.targeted import TargetedConfig
 
 
 def matches(path: str, config: TargetedConfig) -> bool:

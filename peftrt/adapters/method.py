@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.report import AdaptedSite
 from peftrt.adapters.state import ModelAdapters

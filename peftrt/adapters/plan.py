@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from peftrt.adapters.config import AdapterConfig
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.base import AdapterConfig
+from peftrt.adapters.configs.lora import LoraConfig
+from peftrt.adapters.configs.targeted import ALL_LINEAR, TargetedConfig
 from peftrt.adapters.match import is_excluded, matches, saves_module, unmatched_patterns, unmatched_targets
 from peftrt.adapters.saved import SavedModule
 from peftrt.adapters.state import ModelAdapters
-from peftrt.adapters.targeted import ALL_LINEAR, TargetedConfig
 from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError
 from peftrt.nn import AdapterHolder, AdapterLinear, HookedAdapters, LoRAEmbedding, NF4Linear
 from peftrt.nn.initialisation import parse, refusal

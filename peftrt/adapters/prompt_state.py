@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peftrt.adapters.prompt_config import VirtualTokensConfig
+from peftrt.adapters.configs.virtual_tokens import VirtualTokensConfig
 from peftrt.formats.errors import FormatError
 from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.formats.peft_dir import KEY_PREFIX, split_saved_key

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from peftrt.adapters.adapterhub import read_from_hub
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.method import AdapterTensors, Method
 from peftrt.adapters.methods import method_of_file
 from peftrt.adapters.plan import Plan, expect_module, own_modules

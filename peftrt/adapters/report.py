@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.explaining import SiteChoice, collapse
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.state import ModelAdapters

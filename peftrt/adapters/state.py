@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.saved import SavedModule
 from peftrt.formats.errors import AdapterNameError
 from peftrt.formats.names import check_adapter_name

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 import peftrt
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.finetune.errors import UserError
 
 FULL, HEAD, BODY = "model", "head", "body"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftrt.adapters.bottleneck_config import PLACEMENTS
+from peftrt.adapters.configs.bottleneck import PLACEMENTS
 from peftrt.estimate.shapes import Linear, Shape
 from peftrt.finetune.errors import UserError
 

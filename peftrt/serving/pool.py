@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peftrt.adapters.activation import check_rows
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.state import ModelAdapters, all_or_nothing, check_new_name, find_state, unwrap
 from peftrt.formats.errors import AdapterNameError
 from peftrt.formats.names import fold_name

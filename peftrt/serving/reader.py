@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftrt import ops
-from peftrt.adapters.config import AdapterConfig
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.base import AdapterConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.method import AdapterTensors
 from peftrt.adapters.methods.lora import LoraMethod

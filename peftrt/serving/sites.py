@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftrt.adapters.attach import wrap_dense
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.plan import Plan, is_embedding, make_plan
 from peftrt.adapters.state import ModelAdapters, attach_state, expect_data
 from peftrt.formats.errors import UnsupportedError

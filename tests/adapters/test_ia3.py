@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftrt
-from peftrt.adapters.ia3_config import IA3Config
+from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import AdapterLinear, IA3Adapter
 from tests.adapters.test_peft import LIMIT, scramble

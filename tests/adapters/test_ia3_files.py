@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import peftrt
-from peftrt.adapters import peft_fields
-from peftrt.adapters.ia3_config import IA3Config
+from peftrt.adapters.configs import peft_fields
+from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.adapters.ia3_state import validate_ia3_tensors
 from peftrt.formats.errors import ConfigError, FormatError, NonFiniteError, UnsupportedError
 from tests.adapters.test_io import change_config, change_tensors

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from peftrt.adapters import peft_fields
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs import peft_fields
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.formats.errors import ConfigError, UnsupportedError
 
 MINIMUM = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q"]}

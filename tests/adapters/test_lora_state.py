@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.lora_state import validate_lora_tensors
 from peftrt.formats.errors import FormatError, UnsupportedError
 

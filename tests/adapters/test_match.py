@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.match import is_excluded, matches, saves_module, unmatched_patterns, unmatched_targets
 from peftrt.formats.errors import ConfigError
 

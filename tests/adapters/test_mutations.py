@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftrt.adapters import lora_config
+from peftrt.adapters.configs import lora as lora_config
 from peftrt.adapters.methods import lora
 from peftrt.formats import peft_dir
 from peftrt.nn import adapter, adapter_linear

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from peftrt.adapters.pattern import BoundedPattern
+from peftrt.adapters.configs.pattern import BoundedPattern
 from peftrt.formats.errors import ConfigError
 
 ATOMS = [
@@ -74,7 +74,7 @@ def test_answers_as_re(expression: str, names: list[str]) -> None:
     ],
 )
 def test_expression_that_would_run_for_hours(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftrt.adapters.pattern.SECONDS", 0.05)
+    monkeypatch.setattr("peftrt.adapters.configs.pattern.SECONDS", 0.05)
     pattern = BoundedPattern(expression, "test")
     try:
         matched, refusal = pattern.fullmatch("a" * 200 + "!"), None

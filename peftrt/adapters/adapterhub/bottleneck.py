@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftrt.adapters.adapterhub.fields import DOUBLE, PARALLEL, SEQUENTIAL
 from peftrt.adapters.adapterhub.places import Base
-from peftrt.adapters.config import check_number
+from peftrt.adapters.configs.base import check_number
 from peftrt.formats.adapterhub_dir import HubKey
 from peftrt.formats.errors import FormatError, UnsupportedError
 from peftrt.formats.peft_dir import KEY_PREFIX

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peftrt.adapters.config import check_names, check_switch
-from peftrt.adapters.peft_fields import CODE_FIELDS, shown
+from peftrt.adapters.configs.base import check_names, check_switch
+from peftrt.adapters.configs.peft_fields import CODE_FIELDS, shown
 from peftrt.formats.errors import ConfigError, UnsupportedError
 
 BOTTLENECK: dict[str, Any] = {

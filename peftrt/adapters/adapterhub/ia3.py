@@ -21,7 +21,7 @@ from peftrt.adapters.adapterhub.lora import (
     where_lora,
 )
 from peftrt.adapters.adapterhub.places import Base
-from peftrt.adapters.ia3_config import IA3Config
+from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.formats.adapterhub_dir import HubKey
 from peftrt.formats.errors import FormatError, UnsupportedError
 from peftrt.formats.peft_dir import KEY_PREFIX

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from peftrt.adapters.adapterhub.places import Base
-from peftrt.adapters.config import check_count, check_number
-from peftrt.adapters.lora_config import LoraConfig
+from peftrt.adapters.configs.base import check_count, check_number
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.plan import is_linear
 from peftrt.formats.adapterhub_dir import HubKey
 from peftrt.formats.errors import FormatError, UnsupportedError

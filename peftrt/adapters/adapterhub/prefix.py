@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftrt.adapters.adapterhub.places import Base
-from peftrt.adapters.config import check_count
+from peftrt.adapters.configs.base import check_count
 from peftrt.formats.adapterhub_dir import HubKey
 from peftrt.formats.errors import FormatError, UnsupportedError
 from peftrt.formats.safe import MAX_BYTES

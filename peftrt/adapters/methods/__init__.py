@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftrt.adapters.config import AdapterConfig
+from peftrt.adapters.configs.base import AdapterConfig
+from peftrt.adapters.configs.peft_fields import expect_kind
 from peftrt.adapters.method import Method
 from peftrt.adapters.methods.bottleneck import BottleneckMethod
 from peftrt.adapters.methods.conventional import FeatureExtractionMethod, FullFineTuningMethod, OutputLayerMethod
@@ -13,7 +14,6 @@ from peftrt.adapters.methods.ia3 import IA3Method
 from peftrt.adapters.methods.lora import LoraMethod
 from peftrt.adapters.methods.prefix import PrefixMethod
 from peftrt.adapters.methods.prompt import PromptMethod
-from peftrt.adapters.peft_fields import expect_kind
 
 METHODS: tuple[Method[Any, Any], ...] = (
     LoraMethod(),

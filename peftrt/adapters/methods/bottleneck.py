@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.adapters.blocks import sub_layers
-from peftrt.adapters.bottleneck_config import BottleneckConfig
+from peftrt.adapters.configs.bottleneck import BottleneckConfig
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.explaining import site_choice
-from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.match import is_excluded, matches, unmatched_targets
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import Plan, close_names, expect_module, is_linear, is_under, own_modules, plan_saved

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftrt.adapters.conventional_config import FeatureExtraction, FullFineTuning, OutputLayer
+from peftrt.adapters.configs.conventional import FeatureExtraction, FullFineTuning, OutputLayer
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import HEADS, Plan, close_names, is_under, output_head, own_modules, plan_saved
 from peftrt.adapters.report import AdaptedSite

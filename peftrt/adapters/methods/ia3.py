@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.adapters.explaining import site_choice
 from peftrt.adapters.fitting import expect_every_target, other_tensors, take_in
-from peftrt.adapters.ia3_config import IA3Config
 from peftrt.adapters.ia3_state import IA3State, validate_ia3_tensors
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import Plan, close_names, is_embedding, make_plan, own_modules, sizes

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.explaining import site_choice
 from peftrt.adapters.fitting import expect_every_target, other_tensors, take_in
-from peftrt.adapters.lora_config import LoraConfig
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import (

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peftrt.adapters.attention import AttentionSites, find_attention, is_encoder_decoder
+from peftrt.adapters.configs.virtual_tokens import PrefixTuningConfig
 from peftrt.adapters.explaining import SiteChoice
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import Plan, own_modules, plan_saved
-from peftrt.adapters.prompt_config import PrefixTuningConfig
 from peftrt.adapters.prompt_state import KEY, SAVED_PREFIX, PromptState, expect_shape, validate_prompt_tensors
 from peftrt.adapters.report import AdaptedSite
 from peftrt.adapters.state import ModelAdapters, holders

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from peftrt.adapters.config import AdapterConfig, check_names
-from peftrt.adapters.peft_fields import read_fields
+from peftrt.adapters.configs.base import AdapterConfig, check_names
+from peftrt.adapters.configs.peft_fields import read_fields
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.formats.sizes import expect_bytes
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftrt.adapters.config import AdapterConfig, check_names
-from peftrt.adapters.pattern import compile_bounded
+from peftrt.adapters.configs.base import AdapterConfig, check_names
+from peftrt.adapters.configs.pattern import compile_bounded
 from peftrt.formats.errors import ConfigError
 
 ALL_LINEAR = "all-linear"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from peftrt.adapters.config import AdapterConfig, check_choice, check_count, check_names, check_switch
-from peftrt.adapters.peft_fields import read_fields
+from peftrt.adapters.configs.base import AdapterConfig, check_choice, check_count, check_names, check_switch
+from peftrt.adapters.configs.peft_fields import read_fields
 from peftrt.formats.errors import ConfigError
 
 MAX_TOKENS = 65536

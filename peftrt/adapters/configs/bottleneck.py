@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peftrt.adapters.config import AdapterConfig, check_choice, check_names, check_number
-from peftrt.adapters.pattern import compile_bounded
-from peftrt.adapters.peft_fields import read_fields
+from peftrt.adapters.configs.base import AdapterConfig, check_choice, check_names, check_number
+from peftrt.adapters.configs.pattern import compile_bounded
+from peftrt.adapters.configs.peft_fields import read_fields
 from peftrt.formats.errors import ConfigError
 from peftrt.nn.bottleneck import FROM_OUTPUT, FROM_RESIDUAL, FROM_SUM, INITS
 from peftrt.ops import BOTTLENECK_ACTIVATIONS

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peftrt.adapters.config import check_switch
-from peftrt.adapters.pattern import compile_bounded
-from peftrt.adapters.peft_fields import read_fields
-from peftrt.adapters.targeted import TargetedConfig
+from peftrt.adapters.configs.base import check_switch
+from peftrt.adapters.configs.pattern import compile_bounded
+from peftrt.adapters.configs.peft_fields import read_fields
+from peftrt.adapters.configs.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from peftrt.adapters.config import (
+from peftrt.adapters.configs.base import (
     FP32_MAX,
     PLAIN_NAME,
     check_count,
@@ -16,9 +16,9 @@ from peftrt.adapters.config import (
     check_number,
     check_switch,
 )
-from peftrt.adapters.pattern import compile_bounded
-from peftrt.adapters.peft_fields import NEUTRAL_LORA, read_fields, shown
-from peftrt.adapters.targeted import TargetedConfig
+from peftrt.adapters.configs.pattern import compile_bounded
+from peftrt.adapters.configs.peft_fields import NEUTRAL_LORA, read_fields, shown
+from peftrt.adapters.configs.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import initialisation
 
