@@ -41,7 +41,12 @@ KERNELS = {
 def test_every_configuration_is_among_the_variants() -> None:
     for target in compiled.TARGETS:
         tiles = {
-            (v.kernel, v.types["p_x"], *(v.constants.get(side) for side in ("BM", "BN", "BK")), v.options["num_stages"])
+            (
+                v.kernel,
+                v.types["p_x"],
+                *(v.constants.get(side) for side in ("BM", "BN", "BK")),
+                v.options.get("num_stages"),
+            )
             for v in compiled.variants(target)
             if v.tensor_cores and "p_x" in v.types
         }
