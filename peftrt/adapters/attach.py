@@ -31,6 +31,7 @@ from peftrt.adapters.state import (
     expect_data,
     find_state,
     holders,
+    holding,
     replace_module,
     unwrap,
 )
@@ -113,13 +114,10 @@ def adapt(
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=base_model_name(model))
     plan = method.plan(model, config, state)
-    method.check(model, config, plan, quantize)
+    method.check(model, config, plan, quantize=quantize, fuse=fuse)
     # the layers that change their form
     layers = plan if method.wraps_layers or quantize is None else quantizable(model, config, state)
     begin = method.before_quantising(name, config, adapter_dtype)
-    if fuse and quantize and any(begin(path) != {"r": None} for path in layers.new):
-        init = getattr(config, "init_lora_weights", None)
-        raise ValueError(f"adapt: fuse does not go with init_lora_weights={init!r} and quantize")
     bytes_before = model_bytes(model)
     groups = siblings([path for path in layers.new if path not in layers.dense]) if fuse and quantize else []
     wrap = partial(_wrap, model, layers, state, storage, groups, begin)
@@ -180,7 +178,7 @@ def attach_adapter(
 
 def adapter_parameters(model: nn.Module, state: ModelAdapters, name: str) -> list[nn.Parameter]:
     """What is trained of an adapter."""
-    held = [holder for holder in holders(model, state).values() if name in holder.adapter_names]
+    held = holding(holders(model, state), name).values()
     return [parameter for holder in held for parameter in holder.adapter_parameters(name)]
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from peftrt.adapters.configs.targeted import TargetedConfig
-from peftrt.adapters.match import matches
+from peftrt.adapters.match import matches, unmatched_targets
 from peftrt.adapters.plan import Plan, cannot_adapt, expect_module, is_embedding, is_linear, output_head
 from peftrt.adapters.state import ModelAdapters
 from peftrt.formats.errors import FormatError
+from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.nn import AdapterLinear, NF4Linear
 
 
@@ -48,6 +49,25 @@ def expect_every_target(
             continue
         if matches(path, config):
             raise FormatError(f"{source}: no tensors for {path!a}, which target_modules names: made for another base?")
+
+
+def expect_float(tensor: Tensor, key: str, source: str) -> None:
+    """Raise FormatError unless an adapter can have a tensor's dtype."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def is_transposed(layers: Iterable[AdapterLinear]) -> bool:
+    """Whether a linear layer among them stores its weight as [in, out], which peft's ``fan_in_fan_out`` tells."""
+    return any(layer._transposed and not is_embedding(layer) for layer in layers)
+
+
+def expect_complete(config: TargetedConfig, held: Collection[str], bases: Mapping[str, object], source: str) -> None:
+    """Raise FormatError where a file has a module's own tensors and no adapter of it, or none for a target."""
+    if strays := sorted(bases.keys() - held):
+        raise FormatError(f"{source}: module {strays[0]!a} has tensors of its own, but no adapter")
+    if unmatched := unmatched_targets(config, held):
+        raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
 
 
 def other_tensors(model: nn.Module, parts: WithBases, source: str) -> list[str]:

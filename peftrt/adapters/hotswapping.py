@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.lora_state import LoraState
 from peftrt.adapters.reading import read_adapter, warn_of_differences
-from peftrt.adapters.state import adapter_layers, expect_state, saved_modules, unwrap
+from peftrt.adapters.state import adapter_layers, expect_state, holding, saved_modules, unwrap
 from peftrt.formats.errors import FormatError
 from peftrt.nn import AdapterLinear
 
@@ -50,8 +50,8 @@ def hotswap(
     config = state.configs[name]
     if not isinstance(config, LoraConfig):
         raise ValueError(f"hotswap: adapter {name!r} ({type(config).__name__}) is not LoRA; use load with replace=True")
-    layers = {place: layer for place, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
-    copies = {place: m for place, m in saved_modules(model, state).items() if name in m.adapter_names}
+    layers = holding(adapter_layers(model, state), name)
+    copies = holding(saved_modules(model, state), name)
     for place, layer in layers.items():
         if layer.principal_pair(name) is not None:
             raise ValueError(f"hotswap: adapter {name!r} holds a part of {place}; use load with replace=True")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from peftrt.adapters.configs.ia3 import IA3Config
-from peftrt.adapters.match import matches, unmatched_targets
-from peftrt.formats.errors import FormatError
-from peftrt.formats.nf4 import FLOAT_DTYPES
+from peftrt.adapters.fitting import expect_complete, expect_float
+from peftrt.adapters.match import matches
+from peftrt.formats.errors import FormatError, named
 from peftrt.formats.peft_dir import split_key
 
 
@@ -46,26 +46,19 @@ def validate_ia3_tensors(
     """
     state = IA3State()
     for key, tensor in tensors.items():
-        try:
+        with named(source):
             path, part, leaf = split_key(key, tuple(config.modules_to_save or ()))
-        except FormatError as error:
-            raise FormatError(f"{source}: {error}") from None
         if part in ("saved", "base"):
             (state.saved if part == "saved" else state.bases).setdefault(path, {})[leaf] = tensor
             continue
         if part != "ia3_l":
             raise FormatError(f"{source}: key {key!a}: peft_type is 'IA3', whose modules have ia3_l")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        expect_float(tensor, key, source)
         if not matches(path, config):
             raise FormatError(f"{source}: module {path!a} has tensors, but the configuration does not target it")
         _expect_side(config, path, tensor, f"{source}: key {key!a}")
         state.factors[path] = tensor
-    if strays := sorted(state.bases.keys() - state.factors.keys()):
-        raise FormatError(f"{source}: module {strays[0]!a} has tensors of its own, but no adapter")
-    unmatched = unmatched_targets(config, state.factors)
-    if unmatched:
-        raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
+    expect_complete(config, state.factors.keys(), state.bases, source)
     return state
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from peftrt.adapters.state import (
     expect_data,
     expect_state,
     find_state,
+    holding,
     saved_modules,
     unwrap,
 )
@@ -66,16 +66,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     config = state.configs[name]
     method = method_of(config)
     config, tensors = method.contents(model, state, name)
-    for module_path, module in saved_modules(model, state).items():
-        if name in module.adapter_names:
-            for leaf, tensor in module.copy_of(name).state_dict().items():
-                tensors[method.saved_key(module_path, leaf)] = tensor
-    if getattr(config, "init_lora_weights", None) == "loftq":
-        warnings.warn(
-            f"save: adapter {name!r} began with LoftQ: it belongs to the NF4 base that was made with it",
-            UserWarning,
-            stacklevel=2,
-        )
+    for module_path, module in holding(saved_modules(model, state), name).items():
+        for leaf, tensor in module.copy_of(name).state_dict().items():
+            tensors[method.saved_key(module_path, leaf)] = tensor
     base = base_model_name(model) or config.base_model_name_or_path
     values = dataclasses.replace(config, base_model_name_or_path=base).to_peft_dict()
     if format == "adapterhub":

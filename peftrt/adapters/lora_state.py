@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from peftrt.adapters.configs.lora import LoraConfig
-from peftrt.adapters.match import matches, unmatched_targets
-from peftrt.formats.errors import FormatError, UnsupportedError
+from peftrt.adapters.fitting import expect_complete, expect_float
+from peftrt.adapters.match import matches
+from peftrt.formats.errors import FormatError, UnsupportedError, named
 from peftrt.formats.peft_dir import join_key, split_key
 from peftrt.nn.lora_embedding import NO_DORA
 
 _EMBEDDING = "lora_embedding_"
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,8 @@ def validate_lora_tensors(
     halves: dict[str, dict[str, torch.Tensor]] = {}
     state = LoraState()
     for key, tensor in tensors.items():
-        try:
+        with named(source):
             path, part, leaf = split_key(key, tuple(config.modules_to_save or ()))
-        except FormatError as error:
-            raise FormatError(f"{source}: {error}") from None
         if part == "lora_B.bias":
             raise UnsupportedError(f"{source}: key {key!a}: a bias of lora_B (lora_bias) is not supported")
         if part == "ia3_l":
@@ -71,8 +69,7 @@ def validate_lora_tensors(
         if part in ("saved", "base"):
             (state.saved if part == "saved" else state.bases).setdefault(path, {})[leaf] = tensor
             continue
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise FormatError(f"{source}: key {key!a}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        expect_float(tensor, key, source)
         if part == "lora_magnitude_vector" and not config.use_dora:
             raise FormatError(
                 f"{source}: key {key!a}: magnitudes of DoRA, but the configuration's use_dora is not true"
@@ -89,11 +86,7 @@ def validate_lora_tensors(
         state.pairs[path] = _pair(path, parts, config, source)
         if config.use_dora:
             state.magnitudes[path] = _magnitude(path, parts, source)
-    if strays := sorted(state.bases.keys() - state.pairs.keys()):
-        raise FormatError(f"{source}: module {strays[0]!a} has tensors of its own, but no adapter")
-    unmatched = unmatched_targets(config, state.pairs)
-    if unmatched:
-        raise FormatError(f"{source}: no tensor for target_modules entry {', '.join(map(ascii, unmatched[:8]))}")
+    expect_complete(config, state.pairs.keys(), state.bases, source)
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -13,7 +14,7 @@ from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.plan import Plan
 from peftrt.adapters.report import AdaptedSite
 from peftrt.adapters.state import ModelAdapters
-from peftrt.formats.peft_dir import join_key
+from peftrt.formats.peft_dir import CONFIG_NAME, join_key
 
 
 class AdapterTensors(Protocol):
@@ -59,8 +60,11 @@ class Method(ABC, Generic[C, T]):
             ConfigError, UnsupportedError: something named is not there, or cannot be adapted; nothing was changed.
         """
 
-    def check(self, model: nn.Module, config: C, plan: Plan, quantize: str | None) -> None:
-        """Raise or warn where the plan cannot be begun as the configuration says; by default it can."""
+    def check(self, model: nn.Module, config: C, plan: Plan, *, quantize: str | None, fuse: bool) -> None:
+        """Raise or warn where the plan cannot be begun as the configuration says; by default it can.
+
+        ``quantize`` and ``fuse`` are as of :func:`peftrt.adapt`.
+        """
 
     def before_quantising(self, name: str, config: C, adapter_dtype: torch.dtype) -> Callable[[str], dict[str, Any]]:
         """What the layer that is quantised at a path is told of the adapter: nothing, unless that needs the weight."""
@@ -82,12 +86,21 @@ class Method(ABC, Generic[C, T]):
         Layers that are to hold adapters are in their form by now. Modules of ``modules_to_save`` are not this method's.
         """
 
-    @abstractmethod
     def parse(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> tuple[C, T]:
         """An ``adapter_config.json`` and the tensors beside it, held against each other.
 
         Raises:
             FormatError: with ``source``, the directory, and the key or field.
+        """
+        config: Any = self.config_type.from_peft_dict(values, os.path.join(source, CONFIG_NAME))
+        return config, self.sort(config, tensors, source)
+
+    @abstractmethod
+    def sort(self, config: C, tensors: Mapping[str, Tensor], source: str) -> T:
+        """A file's tensors by module, once they are known to fit the configuration.
+
+        Raises:
+            FormatError: with ``source``, the directory, and the key.
         """
 
     @abstractmethod

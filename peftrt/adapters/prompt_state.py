@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from peftrt.adapters.configs.virtual_tokens import VirtualTokensConfig
+from peftrt.adapters.fitting import expect_float
 from peftrt.formats.errors import FormatError
-from peftrt.formats.nf4 import FLOAT_DTYPES
 from peftrt.formats.peft_dir import KEY_PREFIX, split_saved_key
 
 KEY = "prompt_embeddings"
@@ -45,8 +45,7 @@ def validate_prompt_tensors(config: VirtualTokensConfig, tensors: Mapping[str, T
     if KEY not in tensors:
         raise FormatError(f"{source}: there is no key {KEY!a}; keys: {', '.join(map(ascii, [*tensors][:8])) or 'none'}")
     embeddings = tensors[KEY]
-    if embeddings.dtype not in FLOAT_DTYPES:
-        raise FormatError(f"{source}: key {KEY!a}: expected float32, bfloat16 or float16, got {embeddings.dtype}")
+    expect_float(embeddings, KEY, source)
     if embeddings.ndim != 2 or 0 in embeddings.shape:
         shape = list(embeddings.shape)
         raise FormatError(f"{source}: key {KEY!a}: expected a matrix that is not empty, got {shape}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from peftrt.formats.names import check_adapter_name
 from peftrt.nn import AdapterHolder, AdapterLinear, AdapterSet
 
 _ATTRIBUTE = "_peftrt_adapters"
+
+H = TypeVar("H", bound=AdapterHolder)
 
 
 class ModelAdapters(AdapterSet):
@@ -101,20 +103,27 @@ def attach_state(model: nn.Module, state: ModelAdapters) -> None:
 
 def holders(model: nn.Module, state: ModelAdapters) -> dict[str, AdapterHolder]:
     """Path -> module, for everything that holds a share of the adapters of ``state``."""
-    found = unwrap(model).named_modules()
-    return {path: module for path, module in found if isinstance(module, AdapterHolder) and module.owner is state}
+    return _of_kind(AdapterHolder, model, state)
 
 
 def adapter_layers(model: nn.Module, state: ModelAdapters) -> dict[str, AdapterLinear]:
     """Path -> layer, for the layers that belong to ``state``."""
-    found = unwrap(model).named_modules()
-    return {path: module for path, module in found if isinstance(module, AdapterLinear) and module.owner is state}
+    return _of_kind(AdapterLinear, model, state)
 
 
 def saved_modules(model: nn.Module, state: ModelAdapters) -> dict[str, SavedModule]:
     """Path -> module of ``modules_to_save``."""
+    return _of_kind(SavedModule, model, state)
+
+
+def holding(found: Mapping[str, H], name: str) -> dict[str, H]:
+    """Those of ``found`` that hold a share of the adapter of that name."""
+    return {path: module for path, module in found.items() if name in module.adapter_names}
+
+
+def _of_kind(kind: type[H], model: nn.Module, state: ModelAdapters) -> dict[str, H]:
     found = unwrap(model).named_modules()
-    return {path: module for path, module in found if isinstance(module, SavedModule) and module.owner is state}
+    return {path: module for path, module in found if isinstance(module, kind) and module.owner is state}
 
 
 def base_model_name(model: nn.Module) -> str | None:

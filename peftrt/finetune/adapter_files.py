@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from peftrt.finetune.errors import UserError
-from peftrt.formats._pair import CONFIG_NAME, form_of
+from peftrt.formats.pair import CONFIG_NAME, form_of
 
 LABELS = "labels.json"
 

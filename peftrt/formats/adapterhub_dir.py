@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftrt.formats._pair import ADAPTERHUB, CONFIG_NAME, PEFT, form_of, read_pair, write_pair
 from peftrt.formats.errors import AdapterNameError, ConfigError, FormatError
 from peftrt.formats.names import check_adapter_name
+from peftrt.formats.pair import ADAPTERHUB, CONFIG_NAME, PEFT, form_of, read_pair, write_pair
 from peftrt.formats.safe import MAX_BYTES, MAX_TENSORS
 
 VERSION = "adapters.1.3.0"

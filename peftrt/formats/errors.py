@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FormatError(ValueError):
     """A file, directory, key or field is not what it must be; the message names it, what was expected and what came."""
@@ -29,3 +32,12 @@ class UnsupportedError(ConfigError):
 
 class AdapterNameError(FormatError):
     """An adapter's name or a relative path cannot be used, or collides with one in use."""
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Put ``source``, a file or a directory, in front of what a FormatError of the block says."""
+    try:
+        yield
+    except FormatError as error:
+        raise type(error)(f"{source}: {error}") from None

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftrt.formats._pair import CONFIG_NAME, PEFT, read_pair, write_pair
 from peftrt.formats.errors import FormatError, MissingFileError
 from peftrt.formats.names import require_inside, resolve_inside
+from peftrt.formats.pair import CONFIG_NAME, PEFT, read_pair, write_pair
 from peftrt.formats.safe import MAX_BYTES, MAX_TENSORS
 
 README_NAME = "README.md"

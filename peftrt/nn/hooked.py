@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class HookedAdapters(AdapterHolder):
     def hook(self, model: nn.Module, host: nn.Module) -> None:
         """Register hooks, on the host and wherever else in the model something is to be seen."""
         raise NotImplementedError
+
+    @classmethod
+    def at(cls, host: nn.Module) -> Self | None:
+        """The adapters of this kind that a module has, None where it has none."""
+        found = host._modules.get(cls.kind)
+        return found if isinstance(found, cls) else None
 
     def install(self, model: nn.Module, host: nn.Module) -> None:
         """Become a child of the host and hook it."""

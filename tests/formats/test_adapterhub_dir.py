@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftrt.formats import _pair
+from peftrt.formats import pair
 from peftrt.formats.adapterhub_dir import (
     HubKey,
     is_adapterhub_dir,
@@ -289,9 +289,9 @@ def test_failed_rename_puts_the_old_adapter_back(tmp_path: Path, failing: str, m
 
 
 def test_save_killed_between_the_renames_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pair, "_ATTEMPTS", 2)
+    monkeypatch.setattr(pair, "_ATTEMPTS", 2)
     write_adapterhub_dir(tmp_path, VALUES, lora())
-    (tmp_path / _pair.MARKER_NAME).write_text("")
+    (tmp_path / pair.MARKER_NAME).write_text("")
     with pytest.raises(FormatError, match="killed half-way"):
         read_adapterhub_dir(tmp_path)
     write_adapterhub_dir(tmp_path, VALUES, lora(3.0))

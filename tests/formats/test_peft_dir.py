@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftrt.formats import _pair
+from peftrt.formats import pair
 from peftrt.formats.errors import AdapterNameError, FormatError, MissingFileError, UnsafeFileError
 from peftrt.formats.peft_dir import PeftKey, join_key, read_peft_dir, split_key, write_peft_dir
 from peftrt.formats.safe import TensorReader, write_tensors
@@ -295,9 +295,9 @@ def test_failed_rename_puts_the_old_adapter_back(tmp_path: Path, failing: str, m
 
 
 def test_save_killed_between_the_renames_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pair, "_ATTEMPTS", 2)
+    monkeypatch.setattr(pair, "_ATTEMPTS", 2)
     write_peft_dir(tmp_path, CONFIG, lora())
-    (tmp_path / _pair.MARKER_NAME).write_text("")
+    (tmp_path / pair.MARKER_NAME).write_text("")
     with pytest.raises(FormatError, match="killed half-way"):
         read_peft_dir(tmp_path)
     write_peft_dir(tmp_path, CONFIG, lora(3.0))
@@ -308,7 +308,7 @@ def test_marker_stands_while_the_two_files_differ(tmp_path: Path, monkeypatch: p
     real, marked = os.replace, {}
 
     def replace(source: str, target: str) -> None:
-        marked[os.path.basename(target)] = (tmp_path / _pair.MARKER_NAME).exists()
+        marked[os.path.basename(target)] = (tmp_path / pair.MARKER_NAME).exists()
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
@@ -316,7 +316,7 @@ def test_marker_stands_while_the_two_files_differ(tmp_path: Path, monkeypatch: p
         write_peft_dir(tmp_path, CONFIG, lora())
         assert list(marked) == ["adapter_model.safetensors", "adapter_config.json", "README.md"]
         assert marked["adapter_model.safetensors"] is marked["adapter_config.json"] is expected
-        assert not (tmp_path / _pair.MARKER_NAME).exists()
+        assert not (tmp_path / pair.MARKER_NAME).exists()
         marked.clear()
 
 
@@ -355,7 +355,7 @@ def before_weights_are_opened(monkeypatch: pytest.MonkeyPatch, action: Callable[
             pending.pop()()
         return TensorReader(*args, **kwargs)
 
-    monkeypatch.setattr(_pair, "TensorReader", reader)
+    monkeypatch.setattr(pair, "TensorReader", reader)
 
 
 def test_adapter_replaced_between_configuration_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,19 +375,19 @@ def test_reader_waits_while_only_the_weights_are_new(
     new = {**CONFIG, "lora_alpha": 99}
 
     def first_half() -> None:
-        (tmp_path / _pair.MARKER_NAME).write_text("")
+        (tmp_path / pair.MARKER_NAME).write_text("")
         write_tensors(tmp_path / "adapter_model.safetensors", lora(2.0))
 
     def second_half(seconds: float) -> None:
         (tmp_path / "config.new").write_text(json.dumps(new))
         os.replace(tmp_path / "config.new", tmp_path / "adapter_config.json")
-        (tmp_path / _pair.MARKER_NAME).unlink()
+        (tmp_path / pair.MARKER_NAME).unlink()
 
     if begun == "before_the_reader":
         first_half()
     else:
         before_weights_are_opened(monkeypatch, first_half)
-    monkeypatch.setattr(_pair.time, "sleep", second_half)
+    monkeypatch.setattr(pair.time, "sleep", second_half)
     config, tensors = read_peft_dir(tmp_path)
     assert config == new
     assert equal(tensors, lora(2.0))

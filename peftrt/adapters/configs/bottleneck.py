@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from peftrt.adapters.configs.base import AdapterConfig, check_choice, check_names, check_number
-from peftrt.adapters.configs.pattern import compile_bounded
-from peftrt.adapters.configs.peft_fields import read_fields
+from peftrt.adapters.configs.base import check_choice, check_layers, check_number
+from peftrt.adapters.configs.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError
 from peftrt.nn.bottleneck import FROM_OUTPUT, FROM_RESIDUAL, FROM_SUM, INITS
 from peftrt.ops import BOTTLENECK_ACTIVATIONS
-
-MAX_LAYER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ PLACEMENTS: Mapping[str, Placement] = {
 
 
 @dataclass(frozen=True)
-class BottleneckConfig(AdapterConfig):
+class BottleneckConfig(TargetedConfig):
     """Small networks beside or behind sub-layers: ``h' = h + s (act(u D^T + b_d) U^T + b_u)``.
 
     h is a sub-layer's output before the model adds the residual x to it. "houlsby" (AdapterHub's double_seq_bn): after
@@ -77,6 +74,7 @@ class BottleneckConfig(AdapterConfig):
     exclude_modules: str | Sequence[str] | None = None
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    required: ClassVar[tuple[str, ...]] = ("placement",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,37 +109,12 @@ class BottleneckConfig(AdapterConfig):
         """What goes through the bottlenecks: "output", "sum" or "residual"."""
         return PLACEMENTS[self.placement].source
 
-    @classmethod
-    def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> BottleneckConfig:
-        """Make a configuration of the contents of an ``adapter_config.json``.
-
-        Raises:
-            ConfigError: ``peft_type`` is missing, or a field is bad; UnsupportedError for another ``peft_type``.
-        """
-        fields = read_fields(values, source, kind=cls.peft_type, known=cls.field_names(), required=("placement",))
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
-
     def _check_places(self) -> None:
-        left_out: Any = self.leave_out
-        if isinstance(left_out, str) or not isinstance(left_out, Sequence | set | frozenset):
-            raise ConfigError(f"leave_out: expected a list of indices of blocks, got {left_out!a}")
-        for index in left_out:
-            if type(index) is not int or not 0 <= index < MAX_LAYER:
-                raise ConfigError(f"leave_out: expected integers in [0, {MAX_LAYER}), got {index!a}")
-        self._keep("leave_out", tuple(sorted(left_out)))
+        self._keep("leave_out", check_layers("leave_out", self.leave_out))
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                if not value:
-                    raise ConfigError(f"{name}: must not be empty")
-                compile_bounded(value, name)
-            elif value is not None:
-                self._keep(name, check_names(name, value))
-                if not value:
-                    raise ConfigError(f"{name}: must not be empty")
+            self._check_modules(name)
+            if getattr(self, name) == ():
+                raise ConfigError(f"{name}: must not be empty")
         if self.target_modules is not None and self.source == FROM_SUM:
             raise ConfigError(
                 "target_modules: a 'pfeiffer' adapter needs the block's residual, which a module's name does not "

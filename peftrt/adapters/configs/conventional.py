@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 
 from peftrt.adapters.configs.base import AdapterConfig, check_names
-from peftrt.adapters.configs.peft_fields import read_fields
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.formats.sizes import expect_bytes
 
@@ -30,6 +29,7 @@ class OutputLayer(AdapterConfig):
     modules: Sequence[str] | None = None
 
     peft_type: ClassVar[str] = "OUTPUT_LAYER"
+    required: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     def __post_init__(self) -> None:
         if self.modules is not None:
@@ -39,21 +39,6 @@ class OutputLayer(AdapterConfig):
             self._keep("modules", names)
             self._keep("modules_to_save", names)
         super().__post_init__()
-
-    @classmethod
-    def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> Self:
-        """Make a configuration of the contents of an ``adapter_config.json``.
-
-        Raises:
-            ConfigError: ``peft_type`` or ``modules_to_save`` is missing, or a field is bad.
-            UnsupportedError: another ``peft_type``, or a field that would change the result and is not known.
-        """
-        required = ("modules_to_save",)
-        fields = read_fields(values, source, kind=cls.peft_type, known=cls.field_names(), required=required)
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
 
 
 @dataclass(frozen=True)

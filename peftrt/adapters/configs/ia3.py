@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peftrt.adapters.configs.base import check_switch
 from peftrt.adapters.configs.pattern import compile_bounded
-from peftrt.adapters.configs.peft_fields import read_fields
 from peftrt.adapters.configs.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError
 
@@ -45,6 +44,7 @@ class IA3Config(TargetedConfig):
     init_ia3_weights: bool = True
 
     peft_type: ClassVar[str] = "IA3"
+    required: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,22 +67,3 @@ class IA3Config(TargetedConfig):
         if isinstance(inner, str):
             return bool(compile_bounded(inner, "feedforward_modules").fullmatch(path))
         return path.endswith(tuple(inner or ()))
-
-    @classmethod
-    def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> IA3Config:
-        """Make a configuration of the contents of an ``adapter_config.json``.
-
-        Args:
-            values: the JSON object.
-            source: the file, named in errors.
-
-        Raises:
-            ConfigError: ``peft_type``, ``target_modules`` or ``feedforward_modules`` is missing, or a field is bad.
-            UnsupportedError: another ``peft_type``, or a field that would change the result and is not supported.
-        """
-        required = ("target_modules", "feedforward_modules")
-        fields = read_fields(values, source, kind=cls.peft_type, known=cls.field_names(), required=required)
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None

@@ -12,18 +12,18 @@ from peftrt.adapters.configs.base import (
     FP32_MAX,
     PLAIN_NAME,
     check_count,
+    check_layers,
     check_names,
     check_number,
     check_switch,
 )
 from peftrt.adapters.configs.pattern import compile_bounded
-from peftrt.adapters.configs.peft_fields import NEUTRAL_LORA, read_fields, shown
+from peftrt.adapters.configs.peft_fields import NEUTRAL_LORA, shown
 from peftrt.adapters.configs.targeted import TargetedConfig
 from peftrt.formats.errors import ConfigError, UnsupportedError
 from peftrt.nn import initialisation
 
 MAX_RANK = 65536
-MAX_LAYER = 1 << 20
 
 _MAX_PATTERNS = 16384
 _MAX_EXPRESSIONS = 256
@@ -84,6 +84,8 @@ class LoraConfig(TargetedConfig):
     exclude_modules: str | Sequence[str] | None = None
 
     peft_type: ClassVar[str] = "LORA"
+    required: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL_LORA
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,19 +133,7 @@ class LoraConfig(TargetedConfig):
         return {**super().to_peft_dict(inference_mode=inference_mode), "lora_bias": False}
 
     @classmethod
-    def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> LoraConfig:
-        """Make a configuration of the contents of an ``adapter_config.json``.
-
-        Args:
-            values: the JSON object.
-            source: the file, named in errors.
-
-        Raises:
-            ConfigError: ``peft_type``, ``r`` or ``target_modules`` is missing, or a field is bad.
-            UnsupportedError: another ``peft_type``, or a field that would change the result and is not supported.
-        """
-        kind, known, required = cls.peft_type, cls.field_names(), ("r", "target_modules")
-        fields = read_fields(values, source, kind=kind, known=known, required=required, neutral=NEUTRAL_LORA)
+    def _amended(cls, fields: dict[str, Any]) -> dict[str, Any]:
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             # Older versions of peft wrote null for "none".
             if name in fields and fields[name] is None:
@@ -155,14 +145,11 @@ class LoraConfig(TargetedConfig):
             fields["init_lora_weights"] = True
         if isinstance(init, str) and init.startswith("pissa"):
             raise UnsupportedError(
-                f"{source}: init_lora_weights {shown(init)} is not supported in a file: its tensors belong to the base "
-                "without its principal part; have peft convert them (save_pretrained with "
+                f"init_lora_weights {shown(init)} is not supported in a file: its tensors belong to the base without "
+                "its principal part; have peft convert them (save_pretrained with "
                 "path_initial_model_for_weight_conversion), or save them with peftrt.save, which always does"
             )
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
+        return fields
 
     def _check_switches(self) -> None:
         for name in ("fan_in_fan_out", "use_rslora", "use_dora"):
@@ -221,13 +208,8 @@ class LoraConfig(TargetedConfig):
             name = "layers_to_transform" if layers is not None else "layers_pattern"
             raise ConfigError(f"{name}: cannot be used when target_modules is a string")
         if layers is not None:
-            indices: Any = (layers,) if isinstance(layers, int) else layers
-            if not isinstance(indices, Sequence | set | frozenset) or isinstance(indices, str):
-                raise ConfigError(f"layers_to_transform: expected an integer or a list of them, got {layers!a}")
-            for index in indices:
-                if type(index) is not int or not 0 <= index < MAX_LAYER:
-                    raise ConfigError(f"layers_to_transform: expected integers in [0, {MAX_LAYER}), got {index!a}")
-            self._keep("layers_to_transform", layers if isinstance(layers, int) else tuple(sorted(indices)))
+            indices = check_layers("layers_to_transform", (layers,) if isinstance(layers, int) else layers)
+            self._keep("layers_to_transform", layers if isinstance(layers, int) else indices)
         if pattern is not None:
             names = (pattern,) if isinstance(pattern, str) else check_names("layers_pattern", pattern)
             for entry in names:

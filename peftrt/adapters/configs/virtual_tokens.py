@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from peftrt.adapters.configs.base import AdapterConfig, check_choice, check_count, check_names, check_switch
-from peftrt.adapters.configs.peft_fields import read_fields
 from peftrt.formats.errors import ConfigError
 
 MAX_TOKENS = 65536
@@ -35,6 +34,7 @@ class VirtualTokensConfig(AdapterConfig):
 
     # fields that are peftrt's own, written where they are not at their default; peft ignores them with a warning
     own_fields: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,26 +54,11 @@ class VirtualTokensConfig(AdapterConfig):
         return values
 
     @classmethod
-    def from_peft_dict(cls, values: Mapping[str, Any], source: str = "adapter_config.json") -> Self:
-        """Make a configuration of the contents of an ``adapter_config.json``.
-
-        Args:
-            values: the JSON object.
-            source: the file, named in errors.
-
-        Raises:
-            ConfigError: ``peft_type`` or ``num_virtual_tokens`` is missing, or a field is bad.
-            UnsupportedError: another ``peft_type``, or a field that would change the result and is not supported.
-        """
-        known = cls.field_names() - {"tokenizer"}
-        fields = read_fields(values, source, kind=cls.peft_type, known=known, required=("num_virtual_tokens",))
+    def _amended(cls, fields: dict[str, Any]) -> dict[str, Any]:
         if isinstance(fields.get("modules_to_save"), list):
             # peft appends the names of heads, which may be there already
             fields["modules_to_save"] = _once(fields["modules_to_save"])
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +139,7 @@ class PromptTuningConfig(VirtualTokensConfig):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     own_fields: ClassVar[tuple[str, ...]] = ("stack_module",)
+    unsaved: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +159,6 @@ class PromptTuningConfig(VirtualTokensConfig):
     def to_peft_dict(self, *, inference_mode: bool = True) -> dict[str, Any]:
         """The contents of ``adapter_config.json``; what peft saves is marked for inference."""
         values = super().to_peft_dict(inference_mode=inference_mode)
-        del values["tokenizer"]
         named = self.tokenizer_name_or_path or getattr(self.tokenizer, "name_or_path", None)
         if self.prompt_tuning_init == TEXT and not (isinstance(named, str) and named):
             # peft refuses a text without a tokenizer's name; how the prompt began does not matter any more

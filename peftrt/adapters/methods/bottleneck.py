@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,13 +13,14 @@ from peftrt.adapters.blocks import sub_layers
 from peftrt.adapters.configs.bottleneck import BottleneckConfig
 from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.explaining import site_choice
+from peftrt.adapters.fitting import expect_float
 from peftrt.adapters.match import is_excluded, matches, unmatched_targets
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import Plan, close_names, expect_module, is_linear, is_under, own_modules, plan_saved
 from peftrt.adapters.report import AdaptedSite
-from peftrt.adapters.state import ModelAdapters, holders
-from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError
-from peftrt.formats.peft_dir import CONFIG_NAME, KEY_PREFIX, split_saved_key
+from peftrt.adapters.state import ModelAdapters, holders, holding
+from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError, named
+from peftrt.formats.peft_dir import KEY_PREFIX, split_saved_key
 from peftrt.nn import AdapterLinear, NF4Linear
 from peftrt.nn.bottleneck import FROM_RESIDUAL, Bottleneck, BottleneckSite, bottleneck_size
 
@@ -32,7 +32,6 @@ _PARAMETERS = {
     "up.bias": "up_bias",
 }
 _INFIX = ".bottleneck."
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Host(NamedTuple):
@@ -69,8 +68,8 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
     def plan(self, model: nn.Module, config: BottleneckConfig, state: ModelAdapters) -> Plan:
         """As of :class:`Method`."""
         plan = Plan(saved=plan_saved(model, config))
-        hosts = _blocks(model, config) if config.target_modules is None else _named(model, config)
-        plan.hosts = {path: host for path, host in hosts.items() if not is_under(path, plan.saved)}
+        hosts = _hosts(model, config).items()
+        plan.hosts = {path: host for path, host in hosts if not is_under(path, plan.saved)}
         if not plan.hosts:
             raise ConfigError(f"{config.placement}: every place is excluded, left out, or in modules_to_save")
         return plan
@@ -99,24 +98,19 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
 
     def _site(self, model: nn.Module, state: ModelAdapters, path: str, host: Host) -> BottleneckSite:
         module = model.get_submodule(path)
-        site = module._modules.get(BottleneckSite.kind)
+        site = BottleneckSite.at(module)
         if site is None:
             site = BottleneckSite(state, host.residual, host.norm)
             site.install(model, module)
-        assert isinstance(site, BottleneckSite)
         return site
 
-    def parse(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[BottleneckConfig, BottleneckState]:
+    def sort(self, config: BottleneckConfig, tensors: Mapping[str, Tensor], source: str) -> BottleneckState:
         """As of :class:`Method`."""
-        config = BottleneckConfig.from_peft_dict(values, os.path.join(source, CONFIG_NAME))
         found = BottleneckState()
         for key, tensor in tensors.items():
             path, infix, name = key.removeprefix(KEY_PREFIX).rpartition(_INFIX)
             if key.startswith(KEY_PREFIX) and infix and path and name in _PARAMETERS:
-                if tensor.dtype not in _FLOATS:
-                    raise FormatError(f"{source}: key {key!a}: expected a floating dtype, got {tensor.dtype}")
+                expect_float(tensor, key, source)
                 found.bottlenecks.setdefault(path, {})[_PARAMETERS[name]] = tensor
                 continue
             saved = split_saved_key(key, tuple(config.modules_to_save or ()))
@@ -129,17 +123,15 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
                     raise FormatError(f"{source}: module {path!a} has no key {KEY_PREFIX}{path}{_INFIX}{name}")
         if not found.bottlenecks:
             raise FormatError(f"{source}: no key of a bottleneck ({KEY_PREFIX}<module>{_INFIX}down.weight ...)")
-        return config, found
+        return found
 
     def fit(
         self, model: nn.Module, config: BottleneckConfig, state: ModelAdapters, tensors: BottleneckState, source: str
     ) -> Plan:
         """As of :class:`Method`."""
         modules = dict(own_modules(model))
-        try:
-            hosts = _blocks(model, config) if config.target_modules is None else _named(model, config)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
+        with named(source):
+            hosts = _hosts(model, config)
         for path in tensors.bottlenecks:
             expect_module(modules, path, source)
             if path not in hosts:
@@ -168,8 +160,8 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
         config = state.configs[name]
         assert isinstance(config, BottleneckConfig)
         tensors = {}
-        for path, site in holders(model, state).items():
-            if isinstance(site, BottleneckSite) and name in site.adapter_names:
+        for path, site in holding(holders(model, state), name).items():
+            if isinstance(site, BottleneckSite):
                 for key, parameter in _PARAMETERS.items():
                     # the site's path ends as the infix does
                     tensors[f"{KEY_PREFIX}{path}.{key}"] = getattr(site.adapter(name), parameter).detach()
@@ -184,6 +176,10 @@ class BottleneckMethod(Method[BottleneckConfig, BottleneckState]):
             size, scaling = adapter.bottleneck_features, adapter.scaling
             found.append(AdaptedSite(path, host.width, host.width, size, scaling, "", "", site_choice(site)))
         return found
+
+
+def _hosts(model: nn.Module, config: BottleneckConfig) -> dict[str, Host]:
+    return _blocks(model, config) if config.target_modules is None else _named(model, config)
 
 
 def _blocks(model: nn.Module, config: BottleneckConfig) -> dict[str, Host]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
@@ -14,9 +13,9 @@ from peftrt.adapters.configs.conventional import FeatureExtraction, FullFineTuni
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import HEADS, Plan, close_names, is_under, output_head, own_modules, plan_saved
 from peftrt.adapters.report import AdaptedSite
-from peftrt.adapters.state import ModelAdapters, saved_modules
-from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError
-from peftrt.formats.peft_dir import CONFIG_NAME, split_key
+from peftrt.adapters.state import ModelAdapters, holding, saved_modules
+from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError, named
+from peftrt.formats.peft_dir import split_key
 from peftrt.formats.sizes import expect_bytes
 from peftrt.nn import Features, HookedAdapters, NF4Linear, WholeModel
 from peftrt.nn.features import Share
@@ -62,23 +61,20 @@ class _Heads(Method[H, HeadTensors]):
     ) -> None:
         """As of :class:`Method`: all that there is are modules of ``modules_to_save``."""
 
-    def parse(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> tuple[H, HeadTensors]:
+    def sort(self, config: H, tensors: Mapping[str, Tensor], source: str) -> HeadTensors:
         """As of :class:`Method`."""
-        config = self.config_type.from_peft_dict(values, os.path.join(source, CONFIG_NAME))  # type: ignore[attr-defined]
         names = config.modules_to_save or ()
         found = HeadTensors()
         for key, tensor in tensors.items():
-            try:
+            with named(source):
                 path, part, leaf = split_key(key, names)
-            except FormatError as error:
-                raise FormatError(f"{source}: {error}") from None
             if part != "saved":
                 raise FormatError(f"{source}: key {key!a} is of an adapter, the configuration is {config.peft_type}")
             found.saved.setdefault(path, {})[leaf] = tensor
         for name in names:
             if not any(path.endswith(name) for path in found.saved):
                 raise FormatError(f"{source}: no tensor for modules_to_save entry {name!a}")
-        return config, found
+        return found
 
     def fit(self, model: nn.Module, config: H, state: ModelAdapters, tensors: HeadTensors, source: str) -> Plan:
         """As of :class:`Method`."""
@@ -87,8 +83,8 @@ class _Heads(Method[H, HeadTensors]):
     def contents(self, model: nn.Module, state: ModelAdapters, name: str) -> tuple[H, dict[str, Tensor]]:
         """As of :class:`Method`: the paths by which they are found again, and nothing beside them."""
         config: Any = state.configs[name]
-        paths = [path for path, module in saved_modules(model, state).items() if name in module.adapter_names]
-        return replace(config, modules=tuple(paths), modules_to_save=tuple(paths)), {}
+        paths = tuple(holding(saved_modules(model, state), name))
+        return replace(config, modules=paths, modules_to_save=paths), {}
 
     def sites(self, model: nn.Module, state: ModelAdapters, name: str, plan: Plan) -> list[AdaptedSite]:
         """As of :class:`Method`: none, for what is trained whole is told apart."""
@@ -112,7 +108,7 @@ class FeatureExtractionMethod(_Heads[FeatureExtraction]):
         plan.hosts = dict.fromkeys(_bodies(model, plan.saved))
         for path in plan.hosts:
             host = model.get_submodule(path)
-            if "forward" in host.__dict__ and Features.kind not in host._modules:
+            if "forward" in host.__dict__ and Features.at(host) is None:
                 raise UnsupportedError(f"{path}: the forward of this {type(host).__name__} was replaced already")
         return plan
 
@@ -138,7 +134,7 @@ class FeatureExtractionMethod(_Heads[FeatureExtraction]):
         most = expect_bytes(config.max_bytes, "max_bytes") // max(1, len(plan.hosts))
         for path in plan.hosts:
             host = model.get_submodule(path)
-            features: Any = host._modules.get(Features.kind)
+            features = Features.at(host)
             if features is None:
                 features = Features(state)
                 features.install(model, host)
@@ -159,7 +155,7 @@ class FullFineTuningMethod(Method[FullFineTuning, HeadTensors]):
                 raise UnsupportedError(f"full fine-tuning: {path} is NF4, whose sixteen levels cannot be trained")
         return Plan(hosts={"": None})
 
-    def check(self, model: nn.Module, config: FullFineTuning, plan: Plan, quantize: str | None) -> None:
+    def check(self, model: nn.Module, config: FullFineTuning, plan: Plan, *, quantize: str | None, fuse: bool) -> None:
         """As of :class:`Method`."""
         if quantize is not None:
             raise UnsupportedError(f"quantize={quantize!r}: full fine-tuning trains every weight: leave it away")
@@ -179,16 +175,14 @@ class FullFineTuningMethod(Method[FullFineTuning, HeadTensors]):
         whole.install(model, model)
         whole.add_adapter(name, nn.Module())
 
-    def parse(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[FullFineTuning, HeadTensors]:
+    def sort(self, config: FullFineTuning, tensors: Mapping[str, Tensor], source: str) -> NoReturn:
         """As of :class:`Method`: there is no such file."""
         raise UnsupportedError(f"{source}: a model that was trained whole is no adapter: load it as a model")
 
     def fit(
         self, model: nn.Module, config: FullFineTuning, state: ModelAdapters, tensors: HeadTensors, source: str
     ) -> NoReturn:
-        """As of :class:`Method`; ``parse`` has refused."""
+        """As of :class:`Method`; ``sort`` has refused."""
         raise AssertionError(source)
 
     def contents(self, model: nn.Module, state: ModelAdapters, name: str) -> NoReturn:

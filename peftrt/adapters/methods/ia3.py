@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.adapters.explaining import site_choice
-from peftrt.adapters.fitting import expect_every_target, other_tensors, take_in
+from peftrt.adapters.fitting import expect_every_target, is_transposed, other_tensors, take_in
 from peftrt.adapters.ia3_state import IA3State, validate_ia3_tensors
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import Plan, close_names, is_embedding, make_plan, own_modules, sizes
 from peftrt.adapters.report import AdaptedSite, dense_note, storage_of
-from peftrt.adapters.state import ModelAdapters, adapter_layers
+from peftrt.adapters.state import ModelAdapters, adapter_layers, holding
 from peftrt.formats.errors import ConfigError, FormatError, UnsupportedError
-from peftrt.formats.peft_dir import CONFIG_NAME, join_key
+from peftrt.formats.peft_dir import join_key
 from peftrt.nn import AdapterLinear
 from peftrt.nn.lora_embedding import NO_IA3
 
@@ -67,12 +65,9 @@ class IA3Method(Method[IA3Config, IA3State]):
                 with torch.no_grad():
                     adapter.ia3_l.copy_(tensors.factors[path])
 
-    def parse(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[IA3Config, IA3State]:
+    def sort(self, config: IA3Config, tensors: Mapping[str, Tensor], source: str) -> IA3State:
         """As of :class:`Method`."""
-        config = IA3Config.from_peft_dict(values, os.path.join(source, CONFIG_NAME))
-        return config, validate_ia3_tensors(config, tensors, source)
+        return validate_ia3_tensors(config, tensors, source)
 
     def fit(self, model: nn.Module, config: IA3Config, state: ModelAdapters, tensors: IA3State, source: str) -> Plan:
         """As of :class:`Method`."""
@@ -99,7 +94,7 @@ class IA3Method(Method[IA3Config, IA3State]):
         """As of :class:`Method`."""
         config = state.configs[name]
         assert isinstance(config, IA3Config)
-        layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
+        layers = holding(adapter_layers(model, state), name)
         tensors: dict[str, Tensor] = {}
         for path, layer in layers.items():
             adapter = layer.ia3(name)
@@ -110,8 +105,7 @@ class IA3Method(Method[IA3Config, IA3State]):
             # feed-forward modules among the targets by the same names
             inner = tuple(path for path in sorted(layers) if config.is_feedforward(path))
             config = replace(config, target_modules=tuple(sorted(layers)), feedforward_modules=inner)
-        transposed = any(layer._transposed for layer in layers.values())
-        return replace(config, fan_in_fan_out=config.fan_in_fan_out or transposed), tensors
+        return replace(config, fan_in_fan_out=config.fan_in_fan_out or is_transposed(layers.values())), tensors
 
     def sites(self, model: nn.Module, state: ModelAdapters, name: str, plan: Plan) -> list[AdaptedSite]:
         """As of :class:`Method`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from peftrt.adapters.configs.lora import LoraConfig
 from peftrt.adapters.explaining import site_choice
-from peftrt.adapters.fitting import expect_every_target, other_tensors, take_in
+from peftrt.adapters.fitting import expect_every_target, is_transposed, other_tensors, take_in
 from peftrt.adapters.lora_state import LoraState, validate_lora_tensors
 from peftrt.adapters.method import Method
 from peftrt.adapters.plan import (
@@ -24,7 +25,7 @@ from peftrt.adapters.plan import (
     sizes,
 )
 from peftrt.adapters.report import AdaptedSite, dense_note, storage_of
-from peftrt.adapters.state import ModelAdapters, adapter_layers
+from peftrt.adapters.state import ModelAdapters, adapter_layers, holding
 from peftrt.formats.errors import FormatError
 from peftrt.formats.peft_dir import CONFIG_NAME, join_key
 from peftrt.nn import AdapterLinear, QLoRALinear
@@ -42,9 +43,13 @@ class LoraMethod(Method[LoraConfig, LoraState]):
         """As of :class:`Method`."""
         return make_plan(model, config, state)
 
-    def check(self, model: nn.Module, config: LoraConfig, plan: Plan, quantize: str | None) -> None:
+    def check(self, model: nn.Module, config: LoraConfig, plan: Plan, *, quantize: str | None, fuse: bool) -> None:
         """As of :class:`Method`: whether every module can begin as ``init_lora_weights`` says."""
         check_initialisation(model, config, plan, quantize)
+        if fuse and quantize and plan.new and parse(config.init_lora_weights).takes_weight:
+            raise ValueError(
+                f"adapt: fuse does not go with init_lora_weights={config.init_lora_weights!r} and quantize"
+            )
 
     def before_quantising(
         self, name: str, config: LoraConfig, adapter_dtype: torch.dtype
@@ -79,12 +84,9 @@ class LoraMethod(Method[LoraConfig, LoraState]):
                     for parameter, value in zip(layer.adapter(name).parameters, tensors.of(path), strict=True):
                         parameter.copy_(value)
 
-    def parse(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[LoraConfig, LoraState]:
+    def sort(self, config: LoraConfig, tensors: Mapping[str, Tensor], source: str) -> LoraState:
         """As of :class:`Method`."""
-        config = LoraConfig.from_peft_dict(values, os.path.join(source, CONFIG_NAME))
-        return config, validate_lora_tensors(config, tensors, source)
+        return validate_lora_tensors(config, tensors, source)
 
     def fit(self, model: nn.Module, config: LoraConfig, state: ModelAdapters, tensors: LoraState, source: str) -> Plan:
         """As of :class:`Method`."""
@@ -116,7 +118,10 @@ class LoraMethod(Method[LoraConfig, LoraState]):
         """As of :class:`Method`; of one that began with PiSSA the change that it makes to the original weight."""
         config = state.configs[name]
         assert isinstance(config, LoraConfig)
-        layers = {path: layer for path, layer in adapter_layers(model, state).items() if name in layer.adapter_names}
+        if config.init_lora_weights == "loftq":
+            reason = "it belongs to the NF4 base that was made with it"
+            warnings.warn(f"save: adapter {name!r} began with LoftQ: {reason}", UserWarning, stacklevel=3)
+        layers = holding(adapter_layers(model, state), name)
         tensors: dict[str, Tensor] = {}
         for path, layer in layers.items():
             for part, half in zip(layer.fields[:2], change_of(layer, name), strict=True):
@@ -130,8 +135,7 @@ class LoraMethod(Method[LoraConfig, LoraState]):
             # what "all-linear" means depends on the reader's version and on the model's class: the modules are named,
             # as by peft
             config = replace(config, target_modules=tuple(sorted(layers)))
-        transposed = any(layer._transposed and not is_embedding(layer) for layer in layers.values())
-        return replace(config, fan_in_fan_out=config.fan_in_fan_out or transposed), tensors
+        return replace(config, fan_in_fan_out=config.fan_in_fan_out or is_transposed(layers.values())), tensors
 
     def sites(self, model: nn.Module, state: ModelAdapters, name: str, plan: Plan) -> list[AdaptedSite]:
         """As of :class:`Method`."""

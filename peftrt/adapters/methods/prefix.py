@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +11,16 @@ from torch import Tensor, nn
 from peftrt.adapters.attention import AttentionSites, find_attention, is_encoder_decoder
 from peftrt.adapters.configs.virtual_tokens import PrefixTuningConfig
 from peftrt.adapters.explaining import SiteChoice
-from peftrt.adapters.method import Method
+from peftrt.adapters.methods.virtual_tokens import VirtualTokensMethod
 from peftrt.adapters.plan import Plan, own_modules, plan_saved
-from peftrt.adapters.prompt_state import KEY, SAVED_PREFIX, PromptState, expect_shape, validate_prompt_tensors
+from peftrt.adapters.prompt_state import KEY, PromptState, expect_shape
 from peftrt.adapters.report import AdaptedSite
 from peftrt.adapters.state import ModelAdapters, holders
-from peftrt.formats.errors import ConfigError, UnsupportedError
-from peftrt.formats.peft_dir import CONFIG_NAME
+from peftrt.formats.errors import ConfigError, UnsupportedError, named
 from peftrt.nn.prefix import Prefix, PrefixTuning
 
 
-class PrefixMethod(Method[PrefixTuningConfig, PromptState]):
+class PrefixMethod(VirtualTokensMethod[PrefixTuningConfig]):
     """Attention over ``[P_k; K]`` and ``[P_v; V]``, with P trained."""
 
     config_type = PrefixTuningConfig
@@ -46,12 +43,11 @@ class PrefixMethod(Method[PrefixTuningConfig, PromptState]):
         """As of :class:`Method`."""
         ((path, sites),) = plan.hosts.items()
         host = model.get_submodule(path)
-        holder = host._modules.get(PrefixTuning.kind)
+        holder = PrefixTuning.at(host)
         if holder is None:
             attentions = {model.get_submodule(site.path): site for site in sites.attentions}
             holder = PrefixTuning(state, attentions, tuple(model.get_submodule(path) for path in sites.positions))
             holder.install(model, host)
-        assert isinstance(holder, PrefixTuning)
         options: dict[str, Any] = {"dtype": adapter_dtype, "device": next(host.parameters()).device}
         options["shift_positions"] = config.shift_positions
         if tensors is not None:
@@ -62,21 +58,12 @@ class PrefixMethod(Method[PrefixTuningConfig, PromptState]):
             prefix = Prefix(*sizes, encoder_hidden_size=hidden, zero=config.init_weights == "zero", **options)
         holder.add_adapter(name, prefix)
 
-    def parse(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[PrefixTuningConfig, PromptState]:
-        """As of :class:`Method`."""
-        config = PrefixTuningConfig.from_peft_dict(values, os.path.join(source, CONFIG_NAME))
-        return config, validate_prompt_tensors(config, tensors, source)
-
     def fit(
         self, model: nn.Module, config: PrefixTuningConfig, state: ModelAdapters, tensors: PromptState, source: str
     ) -> Plan:
         """As of :class:`Method`."""
-        try:
+        with named(source):
             sites = _sites(model, config, state)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
         columns, tokens = 2 * sites.layers * sites.token_dim, config.num_virtual_tokens
         why = f"{tokens} virtual tokens of keys and values of {sites.layers} layers of {sites.token_dim} numbers"
         expect_shape(tensors, tokens, columns, source, why)
@@ -99,10 +86,6 @@ class PrefixMethod(Method[PrefixTuningConfig, PromptState]):
             encoder_hidden_size=config.encoder_hidden_size or prefix.token_dim,
         )
         return config, {KEY: prefix.flat()}
-
-    def saved_key(self, path: str, leaf: str) -> str:
-        """As of :class:`Method`."""
-        return f"{SAVED_PREFIX}{path}.{leaf}"
 
     def sites(self, model: nn.Module, state: ModelAdapters, name: str, plan: Plan) -> list[AdaptedSite]:
         """As of :class:`Method`: each attention, with the numbers of its keys and the virtual tokens."""

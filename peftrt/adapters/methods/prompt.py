@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from peftrt.adapters.attention import Stack, find_stack, is_encoder_decoder, layers_and_heads
 from peftrt.adapters.configs.virtual_tokens import SAMPLE_VOCAB, TEXT, PromptTuningConfig
 from peftrt.adapters.explaining import SiteChoice
-from peftrt.adapters.method import Method
+from peftrt.adapters.methods.virtual_tokens import VirtualTokensMethod
 from peftrt.adapters.plan import Plan, own_modules, plan_saved
-from peftrt.adapters.prompt_state import KEY, SAVED_PREFIX, PromptState, expect_shape, validate_prompt_tensors
+from peftrt.adapters.prompt_state import KEY, PromptState, expect_shape
 from peftrt.adapters.report import AdaptedSite
 from peftrt.adapters.state import ModelAdapters, holders
-from peftrt.formats.errors import ConfigError, UnsupportedError
-from peftrt.formats.peft_dir import CONFIG_NAME
+from peftrt.formats.errors import ConfigError, UnsupportedError, named
 from peftrt.nn.prompt import Prompt, PromptTuning
 
 
@@ -30,7 +28,7 @@ class _Start(NamedTuple):
     ids: Sequence[int] | None
 
 
-class PromptMethod(Method[PromptTuningConfig, PromptState]):
+class PromptMethod(VirtualTokensMethod[PromptTuningConfig]):
     """A model's stack of layers over ``[P; embed(text)]``, with P trained."""
 
     config_type = PromptTuningConfig
@@ -54,12 +52,11 @@ class PromptMethod(Method[PromptTuningConfig, PromptState]):
         """As of :class:`Method`."""
         ((path, (stack, ids)),) = plan.hosts.items()
         host: Any = model.get_submodule(path)
-        holder = host._modules.get(PromptTuning.kind)
+        holder = PromptTuning.at(host)
         if holder is None:
             decoder = None if stack.decoder is None else model.get_submodule(stack.decoder)
             holder = PromptTuning(state, host, decoder, stack.most, stack.first_counts, stack.keeps)
             holder.install(model, host)
-        assert isinstance(holder, PromptTuning)
         device = next(host.get_input_embeddings().parameters()).device
         if tensors is not None:
             weight = tensors.embeddings
@@ -71,21 +68,12 @@ class PromptMethod(Method[PromptTuningConfig, PromptState]):
         weight = weight.detach().to(device=device, dtype=adapter_dtype, copy=True)
         holder.add_adapter(name, Prompt(weight, config.num_virtual_tokens))
 
-    def parse(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
-    ) -> tuple[PromptTuningConfig, PromptState]:
-        """As of :class:`Method`."""
-        config = PromptTuningConfig.from_peft_dict(values, os.path.join(source, CONFIG_NAME))
-        return config, validate_prompt_tensors(config, tensors, source)
-
     def fit(
         self, model: nn.Module, config: PromptTuningConfig, state: ModelAdapters, tensors: PromptState, source: str
     ) -> Plan:
         """As of :class:`Method`."""
-        try:
+        with named(source):
             stack = _stack(model, config, state)
-        except ConfigError as error:
-            raise type(error)(f"{source}: {error}") from None
         rows = _rows(model, config)
         parts = rows // config.num_virtual_tokens
         why = f"{config.num_virtual_tokens} virtual tokens of {parts} part(s) of the model and embeddings of its size"
@@ -109,10 +97,6 @@ class PromptMethod(Method[PromptTuningConfig, PromptState]):
             num_transformer_submodules=rows // prompt.num_virtual_tokens,
         )
         return config, {KEY: prompt.weight.detach()}
-
-    def saved_key(self, path: str, leaf: str) -> str:
-        """As of :class:`Method`."""
-        return f"{SAVED_PREFIX}{path}.{leaf}"
 
     def sites(self, model: nn.Module, state: ModelAdapters, name: str, plan: Plan) -> list[AdaptedSite]:
         """As of :class:`Method`: the stack, with the size of its embeddings and the virtual tokens."""
