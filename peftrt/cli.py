@@ -238,7 +238,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--eval-limit", "held-out examples to measure on at most", type=_count, metavar="N")
     add("--device", "cpu, cuda, cuda:1 or auto", metavar="NAME")
     add("--threads", "of every training (default: torch's)", type=_count, metavar="N")
-    parser.add_argument("--quick", action="store_true", help="40 steps, one seed: at most 20 seconds a training")
+    parser.add_argument("--quick", action="store_true", help="24 steps, one seed: at most 20 seconds a training")
 
 
 def _compare(options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from peftrt.adapters.state import ModelAdapters
 from peftrt.finetune.errors import UserError, require
 from peftrt.finetune.models import load_config
 from peftrt.formats.adapterhub_dir import is_adapterhub_dir, read_adapterhub_dir, write_adapterhub_dir
-from peftrt.formats.errors import FormatError, UnsupportedError
+from peftrt.formats.errors import FormatError, UnsupportedError, named
 from peftrt.formats.peft_dir import CONFIG_NAME, KEY_PREFIX, find_peft_dir, read_peft_dir, write_peft_dir
 
 TARGETS = ("peft", "adapterhub")
@@ -86,10 +86,8 @@ def _to_adapterhub(directory: str, target: str, model: str | None, name: str) ->
     keys = (key.removeprefix(KEY_PREFIX) for key in tensors)
     base = _skeleton(model, values.get("base_model_name_or_path"), auto, keys)
     config = _checked(base, values, tensors, directory)
-    try:
+    with named(directory):
         written = to_hub(base, name, config.to_peft_dict(), tensors)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{directory}: {error}") from None
     write_adapterhub_dir(target, *written)
     return _shown(values, tensors)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftrt.adapters.attach import attach_adapter
+from peftrt.adapters.attach import adapter_parameters, attach_adapter
 from peftrt.adapters.configs.base import AdapterConfig
 from peftrt.adapters.configs.ia3 import IA3Config
 from peftrt.adapters.configs.lora import LoraConfig
@@ -25,7 +25,6 @@ from peftrt.adapters.state import (
     all_or_nothing,
     check_new_name,
     expect_state,
-    holders,
     saved_modules,
     unwrap,
 )
@@ -89,10 +88,8 @@ def add_weighted_adapter(
     with all_or_nothing(model):
         plan = Plan(existing=paths, saved=list(saved))
         attach_adapter(model, state, name, config, plan, adapter_dtype=dtype, tensors=tensors)
-        for holder in holders(model, state).values():
-            if name in holder.adapter_names:
-                for parameter in holder.adapter_parameters(name):
-                    parameter.requires_grad_(False)
+        for parameter in adapter_parameters(model, state, name):
+            parameter.requires_grad_(False)
     return config
 
 

@@ -32,7 +32,7 @@ class Settings:
     second_label_column: str | None = None
     eval_share: float = 0.2
     max_length: int | None = None
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 8
     eval_limit: int = 1000
     methods: tuple[str, ...] | None = None
@@ -46,7 +46,7 @@ class Settings:
         """Settings of what was given on the command line; ``quick`` stands for few steps and examples, and one seed."""
         values = dict(given)
         if values.pop("quick", False):
-            values = {"steps": 40, "eval_limit": 200, "seeds": 1, "forgetting": ("lora-16",), **values}
+            values = {"steps": 24, "eval_limit": 100, "seeds": 1, "forgetting": ("lora-16",), **values}
         for name in ("model", "data"):
             # a later call may come from elsewhere; a Hub id is no path
             if values.get(name) is not None and (name == "data" or Path(values[name]).is_dir()):

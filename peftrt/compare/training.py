@@ -26,7 +26,7 @@ from peftrt.finetune.tasks import classify_loss, evaluating, predict
 from peftrt.finetune.trainer import Plan, Step, Trainer
 from peftrt.formats.safe import write_tensors
 
-_ALTERNATIONS = 15
+_ALTERNATIONS = 9
 _EVALUATED = 64  # examples a batch
 WARM_UP = 0.1  # of the steps
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftrt.formats._json import loads_strict
+from peftrt.formats.strict_json import loads_strict
 from peftrt.nn import AdapterLinear
 
 KIND = {"format": "pt", "kind": "peftrt.continual.EWC", "version": "1"}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from peftrt.continual.samples import Form, Sample, join, pack, put_together, stack, take_apart, unpack
-from peftrt.formats._header import DTYPES
-from peftrt.formats._json import loads_strict
 from peftrt.formats.errors import FormatError
+from peftrt.formats.header import DTYPES
 from peftrt.formats.safe import TensorReader
 from peftrt.formats.stream import Promise, verify_checksum, write_stream
+from peftrt.formats.strict_json import loads_strict
 
 POLICIES = ("reservoir", "class-balanced")
 _KIND = {"format": "pt", "kind": "peftrt.continual.ReplayBuffer", "version": "1"}

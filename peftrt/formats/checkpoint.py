@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from peftrt.formats._files import Closing, RegularFile
-from peftrt.formats._header import TensorEntry
-from peftrt.formats._json import loads_strict
 from peftrt.formats.errors import FormatError, MissingFileError, UnsafeFileError
+from peftrt.formats.header import TensorEntry
 from peftrt.formats.names import require_inside
 from peftrt.formats.safe import TensorReader, refuse_pickle
+from peftrt.formats.strict_json import loads_strict
 
 SINGLE_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"

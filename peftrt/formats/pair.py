@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from peftrt.formats._files import RegularFile, commit, discard, stage, sync_directory
-from peftrt.formats._header import CONVERT_HINT
-from peftrt.formats._json import loads_strict
 from peftrt.formats.errors import FormatError, MissingFileError, UnsafeFileError
+from peftrt.formats.header import CONVERT_HINT
 from peftrt.formats.safe import TensorReader, stage_tensors
+from peftrt.formats.strict_json import loads_strict
 
 CONFIG_NAME = "adapter_config.json"
 MARKER_NAME = ".adapter_being_replaced"

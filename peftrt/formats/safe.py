@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from peftrt.formats._files import Closing, RegularFile, commit, stage
-from peftrt.formats._header import CONVERT_HINT, DTYPES, LENGTH_BYTES, TensorEntry, header_length, parse_header
 from peftrt.formats.errors import FormatError, NonFiniteError, UnsafeFileError
+from peftrt.formats.header import CONVERT_HINT, DTYPES, LENGTH_BYTES, TensorEntry, header_length, parse_header
 
 MAX_TENSORS = 65536
 MAX_BYTES = 16 << 30

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from peftrt.formats._files import commit, stage
-from peftrt.formats._header import DTYPES, MAX_HEADER_BYTES, TensorEntry
 from peftrt.formats.errors import FormatError
+from peftrt.formats.header import DTYPES, MAX_HEADER_BYTES, TensorEntry
 from peftrt.formats.safe import TensorReader
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftrt.formats._json import loads_strict
 from peftrt.formats.adamw_state import BLOCK, Moments
 from peftrt.formats.errors import FormatError
 from peftrt.formats.safe import MAX_TENSORS, PICKLE_SUFFIXES, TensorReader
 from peftrt.formats.stream import Promise, verify_checksum, write_stream
+from peftrt.formats.strict_json import loads_strict
 from peftrt.optim.page_table import Segment
 from peftrt.optim.state import (
     Owner,

@@ -16,9 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from peftrt.formats import _header, safe
-from peftrt.formats._header import DTYPES
+from peftrt.formats import header as file_header
+from peftrt.formats import safe
 from peftrt.formats.errors import AdapterNameError, FormatError, MissingFileError, NonFiniteError, UnsafeFileError
+from peftrt.formats.header import DTYPES
 from peftrt.formats.safe import TensorReader, read_tensors, write_tensors
 
 
@@ -195,7 +196,7 @@ def test_200_000_tensors_are_refused_before_any_is_read(tmp_path: Path, monkeypa
     header = {f"t{i}": entry(i, i + 1) for i in range(200_000)}
     path = raw_file(tmp_path / "x.safetensors", header, bytes(200_000))
     # Not even the JSON is parsed.
-    monkeypatch.setattr(_header, "loads_strict", lambda *args: pytest.fail("parsed"))
+    monkeypatch.setattr(file_header, "loads_strict", lambda *args: pytest.fail("parsed"))
     with pytest.raises(FormatError, match=r"x\.safetensors: holds 200000 tensors, at most 65536"):
         read_tensors(path)
 

@@ -21,7 +21,7 @@ from peftrt.adapters.adapterhub.places import Base
 from peftrt.adapters.adapterhub.prefix import prefix_from_hub, prefix_to_hub
 from peftrt.adapters.state import base_model_name
 from peftrt.formats.adapterhub_dir import HEADS, VERSION, join_hub_key, read_adapterhub_dir, split_hub_key
-from peftrt.formats.errors import FormatError, UnsupportedError
+from peftrt.formats.errors import FormatError, UnsupportedError, named
 from peftrt.formats.peft_dir import CONFIG_NAME
 
 # peft_type -> how it is written, the defaults of AdapterHub's configuration, and what holds the tensors there
@@ -63,10 +63,8 @@ def read_from_hub(
     base = Base(model, values.get("model_type"))
     keys = {}
     for key, tensor in tensors.items():
-        try:
+        with named(directory):
             keys[split_hub_key(key, values["name"])] = tensor
-        except FormatError as error:
-            raise FormatError(f"{directory}: {error}") from None
     if not keys:
         raise FormatError(f"{directory}: the adapter has no tensors")
     if fields["architecture"] is None:

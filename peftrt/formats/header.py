@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftrt.formats._json import loads_strict
 from peftrt.formats.errors import FormatError, UnsafeFileError
+from peftrt.formats.strict_json import loads_strict
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 32 << 20
