@@ -3,8 +3,8 @@
 //
 // Each is a matrix multiplication with a side of no more than `rank`, bound by reading dy and x: both are packed as
 // they are read, into panels [depth][kPanel] that stay in L1 while every row of the narrow side passes over them. First
-// g, threads splitting M; then dA and dB together, threads splitting K and N. No order of summation depends on the
-// threads.
+// g, threads splitting M and the rank; then dA and dB together, threads splitting K and N. No order of summation
+// depends on the threads.
 #include "cpu/dropout.h"
 
 namespace peftrt::cpu::PEFTRT_ISA {
@@ -15,6 +15,7 @@ constexpr int64_t kPanel = 2 * kLanes;    // the lanes of the micro-kernel
 constexpr int64_t kRows = kMicroRows2;    // its rows of scalars
 constexpr int64_t kDepth = 256;           // rows of a panel: 16 KB of 16 lanes, half an L1
 constexpr int64_t kRowsOfDy = 4 * kRows;  // rows of dy a task
+constexpr int64_t kRanks = 8 * kPanel;    // columns of g a task has at most: dy is made floats of once for all of them
 constexpr int64_t kWide = 64;             // columns of x or dy a task: of a page, what is read of it at once
 
 // Rows [p, p + depth) of B, kPanel columns from r on: as they lie where they are a panel, else copied.
@@ -27,36 +28,36 @@ inline const float* panel_of_b(const LowRankGradient& adapter, int64_t p, int64_
   return panel;
 }
 
-// What a part has of rows [row, row + kRowsOfDy) of g, and of g^T and xa^T, whose rows are `ld` apart.
+// What a part has of rows [row, row + kRowsOfDy) and columns [begin, end) of g, and of g^T and xa^T, whose rows are
+// `ld` apart.
 template <class T>
-void rows_of_g(int part, int64_t row, int64_t m, int64_t n, const T* dy, const float* xa,
+void tile_of_g(int part, int64_t row, int64_t begin, int64_t end, int64_t m, int64_t n, const T* dy, const float* xa,
                const LowRankGradient& adapter, float* g_transposed, float* xa_transposed, int64_t ld) {
-  const int64_t rows = min64(kRowsOfDy, m - row), rank = adapter.rank, first = part * rank;
-  alignas(sizeof(F)) float scalars[kRowsOfDy * kDepth], panel[kDepth * kPanel], sums[kRowsOfDy * kPanel];
-  for (int64_t r = 0; r < rank; r += kPanel) {
-    const int64_t lanes = min64(kPanel, rank - r);
-    std::memset(sums, 0, sizeof sums);
-    for (int64_t p = adapter.parts.begin(part); p < adapter.parts.end[part]; p += kDepth) {
-      const int64_t depth = min64(kDepth, adapter.parts.end[part] - p);
-      for (int64_t i = 0; i < rows; ++i) {
-        to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
-        if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + p, depth, scalars + i * kDepth);
-      }
+  const int64_t rows = min64(kRowsOfDy, m - row), first = part * adapter.rank;
+  alignas(sizeof(F)) float scalars[kRowsOfDy * kDepth], panel[kDepth * kPanel], sums[kRowsOfDy * kRanks];
+  std::memset(sums, 0, sizeof sums);
+  for (int64_t p = adapter.parts.begin(part); p < adapter.parts.end[part]; p += kDepth) {
+    const int64_t depth = min64(kDepth, adapter.parts.end[part] - p);
+    for (int64_t i = 0; i < rows; ++i) {
+      to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+      if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + p, depth, scalars + i * kDepth);
+    }
+    for (int64_t r = begin; r < end; r += kPanel) {
       const float* b = panel_of_b(adapter, p, depth, r, panel);
       for (int64_t i = 0; i < rows; i += kRows)
-        micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, b, sums + i * kPanel, kPanel,
-                             true);
+        micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, b,
+                             sums + i * kRanks + r - begin, kRanks, true);
     }
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t column = first + r + lane, at = (row + i) * adapter.width() + column;
-        const float slope = adapter.slope == nullptr ? 1.0f : load_one(adapter.slope + at);
-        const float value = adapter.scaling * sums[i * kPanel + lane] * slope;
-        store_one(adapter.g + at, value);
-        g_transposed[column * ld + row + i] = value;
-        xa_transposed[column * ld + row + i] = load_one(xa + at);
-      }
   }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t column = first + r, at = (row + i) * adapter.width() + column;
+      const float slope = adapter.slope == nullptr ? 1.0f : load_one(adapter.slope + at);
+      const float value = adapter.scaling * sums[i * kRanks + r - begin] * slope;
+      store_one(adapter.g + at, value);
+      g_transposed[column * ld + row + i] = value;
+      xa_transposed[column * ld + row + i] = load_one(xa + at);
+    }
 }
 
 // sums[rank][kWide] = sum_m narrow[r, m] * wide[m, column + j], j < columns, of a matrix [m, width], dropped first
@@ -123,10 +124,17 @@ void gradient(int64_t m, int64_t n, int64_t k, const void* dy_bytes, const void*
   const int64_t width = adapter.width(), ld = m + 16;  // rows of the transposed do not fall on the same cache sets
   if (width == 0) return;
   Scratch<float> g_transposed(width * ld), xa_transposed(width * ld);
-  for_ranges(parallel, ceil_div(m, kRowsOfDy) * parts.count, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      rows_of_g(int(task % parts.count), task / parts.count * kRowsOfDy, m, n, dy, xa, adapter, g_transposed.get(),
-                xa_transposed.get(), ld);
+  // a part's columns in so many groups that every thread has some
+  const int64_t rank = adapter.rank, panels = ceil_div(rank, kPanel);
+  const int64_t pieces = ceil_div(m, kRowsOfDy) * parts.count;
+  const int64_t split = min64(panels, ceil_div(2 * int64_t(parallel.threads), max64(1, pieces)));
+  const int64_t ranks = min64(kRanks, ceil_div(panels, split) * kPanel), groups = ceil_div(rank, ranks);
+  for_ranges(parallel, pieces * groups, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t piece = task / groups, r = task % groups * ranks;
+      tile_of_g(int(piece % parts.count), piece / parts.count * kRowsOfDy, r, min64(r + ranks, rank), m, n, dy, xa,
+                adapter, g_transposed.get(), xa_transposed.get(), ld);
+    }
   });
   const int64_t of_x = da == nullptr ? 0 : ceil_div(k, kWide);
   int64_t tasks = of_x;

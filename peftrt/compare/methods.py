@@ -2,8 +2,8 @@
 
 One rate for all would compare rates, not methods: a prompt of twenty rows needs a hundred times that of a whole model.
 
-Those "of the sweep" were the better of two or three, a factor of about three apart: held-out accuracy after 200 steps of
-8 of the demo's docstrings, whose packages were to be told, with one seed (Zen 3, November 2026).
+Those "of the sweep" were the better of two or three, a factor of about three apart: held-out accuracy after 200 steps
+of 8 of the demo's docstrings, whose packages were to be told, with one seed (Zen 3, November 2026).
 """
 
 from __future__ import annotations
