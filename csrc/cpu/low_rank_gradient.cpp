@@ -11,52 +11,88 @@ namespace peftrt::cpu::PEFTRT_ISA {
 
 namespace {
 
-constexpr int64_t kPanel = 2 * kLanes;    // the lanes of the micro-kernel
-constexpr int64_t kRows = kMicroRows2;    // its rows of scalars
-constexpr int64_t kDepth = 256;           // rows of a panel: 16 KB of 16 lanes, half an L1
-constexpr int64_t kRowsOfDy = 4 * kRows;  // rows of dy a task
-constexpr int64_t kRanks = 8 * kPanel;    // columns of g a task has at most: dy is made floats of once for all of them
-constexpr int64_t kWide = 64;             // columns of x or dy a task: of a page, what is read of it at once
+constexpr int64_t kPanel = 2 * kLanes;         // the lanes of the micro-kernel
+constexpr int64_t kRows = kMicroRows2;         // its rows of scalars
+constexpr int64_t kDepth = 256;                // rows of a panel: 16 KB of 16 lanes, half an L1
+constexpr int64_t kMostRowsOfDy = 16 * kRows;  // of a task: so many share a copy of B's panels
+constexpr int64_t kRanks = 8 * kPanel;         // columns of g, of a task: so many share dy's floats
+constexpr int64_t kWide = 64;                  // columns of x or dy a task: of a page, what is read of it at once
 
-// Rows [p, p + depth) of B, kPanel columns from r on: as they lie where they are a panel, else copied.
-inline const float* panel_of_b(const LowRankGradient& adapter, int64_t p, int64_t depth, int64_t r, float* panel) {
-  const int64_t rank = adapter.rank, lanes = min64(kPanel, rank - r);
+// The part of g that a task computes: rows [row, row + rows), columns [first, first + ranks) of those of `part`.
+struct TileOfG {
+  int part;
+  int64_t row, rows, first, ranks;
+};
+
+// How g is cut into tiles: every thread shall have some, and B, which each row of tiles copies, be read as seldom as
+// that allows.
+class TilesOfG {
+ public:
+  TilesOfG(int64_t m, const LowRankGradient& adapter, int threads)
+      : m_(m), rank_(adapter.rank), parts_(adapter.parts.count) {
+    const int64_t wanted = 2 * threads;
+    rows_ = min64(kMostRowsOfDy, ceil_div(ceil_div(m * parts_, wanted), kRows) * kRows);
+    blocks_ = ceil_div(m, max64(rows_, kRows));
+    const int64_t panels = ceil_div(rank_, kPanel), split = ceil_div(wanted, max64(1, blocks_ * parts_));
+    ranks_ = min64(kRanks, ceil_div(panels, min64(panels, split)) * kPanel);
+    groups_ = ceil_div(rank_, ranks_);
+  }
+
+  int64_t count() const { return blocks_ * parts_ * groups_; }
+  int64_t rows() const { return rows_; }
+  int64_t ranks() const { return ranks_; }
+  TileOfG at(int64_t task) const {
+    const int64_t first = task % groups_ * ranks_, piece = task / groups_, row = piece / parts_ * rows_;
+    return {int(piece % parts_), row, min64(rows_, m_ - row), first, min64(ranks_, rank_ - first)};
+  }
+
+ private:
+  int64_t m_, rank_, parts_, rows_, blocks_, ranks_, groups_;
+};
+
+// Rows [p, p + depth) of B, columns [first, first + ranks), in panels [kDepth][kPanel]: as they lie where they are one.
+inline const float* panels_of_b(const LowRankGradient& adapter, int64_t p, int64_t depth, int64_t first, int64_t ranks,
+                                float* panels) {
+  const int64_t rank = adapter.rank;
   if (rank == kPanel && adapter.b_dtype == Dtype::kFloat32) return static_cast<const float*>(adapter.b) + p * rank;
-  if (lanes < kPanel) std::memset(panel, 0, kDepth * kPanel * sizeof(float));
   for (int64_t i = 0; i < depth; ++i)
-    read_floats(adapter.b_dtype, adapter.b, (p + i) * rank + r, lanes, panel + i * kPanel);
-  return panel;
+    for (int64_t r = 0; r < ranks; r += kPanel) {
+      const int64_t lanes = min64(kPanel, ranks - r);
+      float* to = panels + r * kDepth + i * kPanel;
+      read_floats(adapter.b_dtype, adapter.b, (p + i) * rank + first + r, lanes, to);
+      if (lanes < kPanel) std::memset(to + lanes, 0, size_t(kPanel - lanes) * sizeof(float));
+    }
+  return panels;
 }
 
-// What a part has of rows [row, row + kRowsOfDy) and columns [begin, end) of g, and of g^T and xa^T, whose rows are
-// `ld` apart.
+// A tile of g, and of g^T and xa^T, whose rows are `ld` apart.
 template <class T>
-void tile_of_g(int part, int64_t row, int64_t begin, int64_t end, int64_t m, int64_t n, const T* dy, const float* xa,
-               const LowRankGradient& adapter, float* g_transposed, float* xa_transposed, int64_t ld) {
-  const int64_t rows = min64(kRowsOfDy, m - row), first = part * adapter.rank;
-  alignas(sizeof(F)) float scalars[kRowsOfDy * kDepth], panel[kDepth * kPanel], sums[kRowsOfDy * kRanks];
-  std::memset(sums, 0, sizeof sums);
-  for (int64_t p = adapter.parts.begin(part); p < adapter.parts.end[part]; p += kDepth) {
-    const int64_t depth = min64(kDepth, adapter.parts.end[part] - p);
-    for (int64_t i = 0; i < rows; ++i) {
-      to_floats(dy + (row + i) * n + p, depth, scalars + i * kDepth);
+void tile_of_g(const TileOfG& tile, int64_t n, const T* dy, const float* xa, const LowRankGradient& adapter,
+               float* scalars, float* panels, float* sums, float* g_transposed, float* xa_transposed, int64_t ld) {
+  const int64_t begin = adapter.parts.begin(tile.part), end = adapter.parts.end[tile.part];
+  const int64_t width = ceil_div(tile.ranks, kPanel) * kPanel;
+  std::memset(sums, 0, size_t(tile.rows * width) * sizeof(float));
+  for (int64_t p = begin; p < end; p += kDepth) {
+    const int64_t depth = min64(kDepth, end - p);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      to_floats(dy + (tile.row + i) * n + p, depth, scalars + i * kDepth);
       if (adapter.row_scale != nullptr) scale_floats(adapter.row_scale + p, depth, scalars + i * kDepth);
     }
-    for (int64_t r = begin; r < end; r += kPanel) {
-      const float* b = panel_of_b(adapter, p, depth, r, panel);
-      for (int64_t i = 0; i < rows; i += kRows)
-        micro_rows<kRows, 2>(min64(kRows, rows - i), depth, scalars + i * kDepth, kDepth, b,
-                             sums + i * kRanks + r - begin, kRanks, true);
-    }
+    const float* b = panels_of_b(adapter, p, depth, tile.first, tile.ranks, panels);
+    for (int64_t r = 0; r < width; r += kPanel)
+      for (int64_t i = 0; i < tile.rows; i += kRows)
+        micro_rows<kRows, 2>(min64(kRows, tile.rows - i), depth, scalars + i * kDepth, kDepth, b + r * kDepth,
+                             sums + i * width + r, width, true);
   }
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t column = first + r, at = (row + i) * adapter.width() + column;
+  for (int64_t i = 0; i < tile.rows; ++i)
+    for (int64_t r = 0; r < tile.ranks; ++r) {
+      const int64_t row = tile.row + i, column = tile.part * adapter.rank + tile.first + r;
+      const int64_t at = row * adapter.width() + column;
       const float slope = adapter.slope == nullptr ? 1.0f : load_one(adapter.slope + at);
-      const float value = adapter.scaling * sums[i * kRanks + r - begin] * slope;
+      const float value = adapter.scaling * sums[i * width + r] * slope;
       store_one(adapter.g + at, value);
-      g_transposed[column * ld + row + i] = value;
-      xa_transposed[column * ld + row + i] = load_one(xa + at);
+      g_transposed[column * ld + row] = value;
+      xa_transposed[column * ld + row] = load_one(xa + at);
     }
 }
 
@@ -124,17 +160,13 @@ void gradient(int64_t m, int64_t n, int64_t k, const void* dy_bytes, const void*
   const int64_t width = adapter.width(), ld = m + 16;  // rows of the transposed do not fall on the same cache sets
   if (width == 0) return;
   Scratch<float> g_transposed(width * ld), xa_transposed(width * ld);
-  // a part's columns in so many groups that every thread has some
-  const int64_t rank = adapter.rank, panels = ceil_div(rank, kPanel);
-  const int64_t pieces = ceil_div(m, kRowsOfDy) * parts.count;
-  const int64_t split = min64(panels, ceil_div(2 * int64_t(parallel.threads), max64(1, pieces)));
-  const int64_t ranks = min64(kRanks, ceil_div(panels, split) * kPanel), groups = ceil_div(rank, ranks);
-  for_ranges(parallel, pieces * groups, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t piece = task / groups, r = task % groups * ranks;
-      tile_of_g(int(piece % parts.count), piece / parts.count * kRowsOfDy, r, min64(r + ranks, rank), m, n, dy, xa,
-                adapter, g_transposed.get(), xa_transposed.get(), ld);
-    }
+  const TilesOfG tiles(m, adapter, parallel.threads);
+  for_ranges(parallel, tiles.count(), [&](int64_t begin, int64_t end) {
+    const int64_t rows = tiles.rows(), ranks = tiles.ranks();
+    Scratch<float> scalars(rows * kDepth), panels(ranks * kDepth), sums(rows * ranks);
+    for (int64_t task = begin; task < end; ++task)
+      tile_of_g(tiles.at(task), n, dy, xa, adapter, scalars.get(), panels.get(), sums.get(), g_transposed.get(),
+                xa_transposed.get(), ld);
   });
   const int64_t of_x = da == nullptr ? 0 : ceil_div(k, kWide);
   int64_t tasks = of_x;
