@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from bench import results
+import pytest
+
+from bench import report, results
 
 
 def test_cells_of_other_runs_stay_with_their_run(tmp_path: Path) -> None:
@@ -40,3 +43,13 @@ def test_no_draft_is_left_behind(tmp_path: Path) -> None:
     results.Store(tmp_path, "run", {}).put("op", "M1", {})
     assert [path.name for path in tmp_path.iterdir()] == ["op.json"]
     assert list(results.read_all(tmp_path)) == ["op"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path for path in results.FOLDER.iterdir() if path.is_dir()), ids=lambda path: path.name
+)
+def test_a_stored_table_is_of_the_results_beside_it(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    drawn = report.draw(tmp_path, plots=False).splitlines()[1:]  # the first names the folder
+    assert (folder / report.TITLE).read_text().splitlines()[1:] == drawn
