@@ -48,7 +48,8 @@ def test_no_draft_is_left_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "folder", sorted(path for path in results.FOLDER.iterdir() if path.is_dir()), ids=lambda path: path.name
 )
-def test_a_stored_table_is_of_the_results_beside_it(folder: Path, tmp_path: Path) -> None:
+def test_a_stored_table_is_of_the_results_beside_it(device: str, tmp_path: Path) -> None:
+    folder = results.FOLDER / device
     for path in folder.glob("*.json"):
         shutil.copy(path, tmp_path)
     drawn = report.draw(tmp_path, plots=False).splitlines()[1:]  # the first names the folder
