@@ -45,9 +45,7 @@ def test_no_draft_is_left_behind(tmp_path: Path) -> None:
     assert list(results.read_all(tmp_path)) == ["op"]
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(path for path in results.FOLDER.iterdir() if path.is_dir()), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("device", sorted(path.name for path in results.FOLDER.iterdir() if path.is_dir()))
 def test_a_stored_table_is_of_the_results_beside_it(device: str, tmp_path: Path) -> None:
     folder = results.FOLDER / device
     for path in folder.glob("*.json"):
