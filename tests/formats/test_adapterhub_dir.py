@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftrt.formats import pair
 from peftrt.formats.adapterhub_dir import (
     HubKey,
     is_adapterhub_dir,
@@ -30,6 +29,7 @@ from peftrt.formats.errors import (
     UnsafeFileError,
 )
 from peftrt.formats.peft_dir import read_peft_dir, write_peft_dir
+from tests.formats.directories import equal, snapshot
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "adapterhub"
 VALUES: dict[str, Any] = {
@@ -45,14 +45,6 @@ VALUES: dict[str, Any] = {
 
 def lora(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"q.loras.fr.lora_A": torch.full((2, 3), value), "q.loras.fr.lora_B": torch.full((5, 2), value)}
-
-
-def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -267,32 +259,3 @@ def test_the_two_forms_do_not_share_a_directory(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"adapter_model\.safetensors"):
         read_peft_dir(tmp_path / "hub")
     assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("failing", ["adapter.safetensors", "adapter_config.json"])
-def test_failed_rename_puts_the_old_adapter_back(tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_adapterhub_dir(tmp_path, VALUES, lora(1.0))
-    before = snapshot(tmp_path)
-    real, failed = os.replace, []
-
-    def replace(source: str, target: str) -> None:
-        if os.fspath(target).endswith(failing) and not failed:
-            failed.append(target)
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="No space"):
-        write_adapterhub_dir(tmp_path, {**VALUES, "hidden_size": 4}, lora(2.0))
-    assert failed
-    assert snapshot(tmp_path) == before
-
-
-def test_save_killed_between_the_renames_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "_ATTEMPTS", 2)
-    write_adapterhub_dir(tmp_path, VALUES, lora())
-    (tmp_path / pair.MARKER_NAME).write_text("")
-    with pytest.raises(FormatError, match="killed half-way"):
-        read_adapterhub_dir(tmp_path)
-    write_adapterhub_dir(tmp_path, VALUES, lora(3.0))
-    assert equal(read_adapterhub_dir(tmp_path)[1], lora(3.0))

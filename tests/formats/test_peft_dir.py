@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from peftrt.formats import pair
 from peftrt.formats.errors import AdapterNameError, FormatError, MissingFileError, UnsafeFileError
 from peftrt.formats.peft_dir import PeftKey, join_key, read_peft_dir, split_key, write_peft_dir
-from peftrt.formats.safe import TensorReader, write_tensors
+from tests.formats.directories import equal, snapshot
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "a/b: c"}
 
@@ -26,14 +23,6 @@ def lora(value: float = 1.0) -> dict[str, torch.Tensor]:
         "base_model.model.q.lora_A.weight": torch.full((2, 3), value),
         "base_model.model.q.lora_B.weight": torch.full((5, 2), value),
     }
-
-
-def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 class Net(nn.Module):
@@ -272,125 +261,6 @@ def test_refused_write_changes_nothing(tmp_path: Path, config: Any, tensors: Any
     (tmp_path / "file").write_text("x")
     with pytest.raises(FormatError, match=r"file: expected a directory"):
         write_peft_dir(tmp_path / "file", CONFIG, lora())
-
-
-@pytest.mark.parametrize("failing", ["adapter_model.safetensors", "adapter_config.json"])
-def test_failed_rename_puts_the_old_adapter_back(tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_peft_dir(tmp_path, CONFIG, lora(1.0), readme="old")
-    before = snapshot(tmp_path)
-    real, failed = os.replace, []
-
-    def replace(source: str, target: str) -> None:
-        if os.fspath(target).endswith(failing) and not failed:
-            failed.append(target)
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="No space"):
-        write_peft_dir(tmp_path, {**CONFIG, "r": 4}, lora(2.0))
-    assert failed
-    assert snapshot(tmp_path) == before
-    assert read_peft_dir(tmp_path)[0] == CONFIG
-
-
-def test_save_killed_between_the_renames_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "_ATTEMPTS", 2)
-    write_peft_dir(tmp_path, CONFIG, lora())
-    (tmp_path / pair.MARKER_NAME).write_text("")
-    with pytest.raises(FormatError, match="killed half-way"):
-        read_peft_dir(tmp_path)
-    write_peft_dir(tmp_path, CONFIG, lora(3.0))
-    assert equal(read_peft_dir(tmp_path)[1], lora(3.0))
-
-
-def test_marker_stands_while_the_two_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, marked = os.replace, {}
-
-    def replace(source: str, target: str) -> None:
-        marked[os.path.basename(target)] = (tmp_path / pair.MARKER_NAME).exists()
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    for expected in (False, True):
-        write_peft_dir(tmp_path, CONFIG, lora())
-        assert list(marked) == ["adapter_model.safetensors", "adapter_config.json", "README.md"]
-        assert marked["adapter_model.safetensors"] is marked["adapter_config.json"] is expected
-        assert not (tmp_path / pair.MARKER_NAME).exists()
-        marked.clear()
-
-
-def test_adapter_replaced_while_it_loads_is_never_mixed(tmp_path: Path) -> None:
-    write_peft_dir(tmp_path, {**CONFIG, "version": 0}, lora(0.0))
-    stop = threading.Event()
-
-    def replace() -> None:
-        version = 0
-        while not stop.is_set():
-            version += 1
-            write_peft_dir(tmp_path, {**CONFIG, "version": version}, lora(float(version)))
-            stop.wait(0.002)
-
-    thread = threading.Thread(target=replace)
-    thread.start()
-    try:
-        seen = set()
-        for _ in range(40):
-            config, tensors = read_peft_dir(tmp_path)
-            assert equal(tensors, lora(float(config["version"])))
-            seen.add(config["version"])
-    finally:
-        stop.set()
-        thread.join()
-    assert len(seen) > 1
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-
-
-def before_weights_are_opened(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
-    """Have ``action`` happen once, after a reader has read the configuration and before it opens the weights."""
-    pending = [action]
-
-    def reader(*args: Any, **kwargs: Any) -> TensorReader:
-        if pending:
-            pending.pop()()
-        return TensorReader(*args, **kwargs)
-
-    monkeypatch.setattr(pair, "TensorReader", reader)
-
-
-def test_adapter_replaced_between_configuration_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_peft_dir(tmp_path, CONFIG, lora(1.0))
-    new = {**CONFIG, "lora_alpha": 99}
-    before_weights_are_opened(monkeypatch, lambda: write_peft_dir(tmp_path, new, lora(2.0)))
-    config, tensors = read_peft_dir(tmp_path)
-    assert config == new
-    assert equal(tensors, lora(2.0))
-
-
-@pytest.mark.parametrize("begun", ["before_the_reader", "after_the_configuration_was_read"])
-def test_reader_waits_while_only_the_weights_are_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
-) -> None:
-    write_peft_dir(tmp_path, CONFIG, lora(1.0))
-    new = {**CONFIG, "lora_alpha": 99}
-
-    def first_half() -> None:
-        (tmp_path / pair.MARKER_NAME).write_text("")
-        write_tensors(tmp_path / "adapter_model.safetensors", lora(2.0))
-
-    def second_half(seconds: float) -> None:
-        (tmp_path / "config.new").write_text(json.dumps(new))
-        os.replace(tmp_path / "config.new", tmp_path / "adapter_config.json")
-        (tmp_path / pair.MARKER_NAME).unlink()
-
-    if begun == "before_the_reader":
-        first_half()
-    else:
-        before_weights_are_opened(monkeypatch, first_half)
-    monkeypatch.setattr(pair.time, "sleep", second_half)
-    config, tensors = read_peft_dir(tmp_path)
-    assert config == new
-    assert equal(tensors, lora(2.0))
 
 
 def test_files_beside_the_adapter_are_left_alone(tmp_path: Path) -> None:
