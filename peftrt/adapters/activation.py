@@ -83,7 +83,8 @@ def rows(model: nn.Module, names: Sequence[str | None], expand: int = 1) -> Iter
     Args:
         model: a model with adapters.
         names: one name or None for each entry of the leading dimension of what the model is called with.
-        expand: how often each name counts, where the model repeats its batch (beams).
+        expand: how often each name counts, where the model repeats its batch (beams); an encoder, which is given it
+            before it is repeated, has each name once.
 
     Raises:
         ValueError: an unknown name, no names, ``expand`` below 1, or adapters are merged; and when

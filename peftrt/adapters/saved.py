@@ -97,17 +97,16 @@ class SavedModule(AdapterHolder):
         routing = current(self.owner)
         if routing is None:
             return self.chosen(*args, **kwargs)
-        held = [name if name in self.adapter_names else None for name in routing.names]
-        if len(set(held)) == 1:
-            return self.copy_of(held[0])(*args, **kwargs)
-        return self._by_entry(routing, held, args, kwargs)
+        held = {name if name in self.adapter_names else None for name in routing.names}
+        if len(held) == 1:
+            return self.copy_of(held.pop())(*args, **kwargs)
+        return self._by_entry(routing, args, kwargs)
 
-    def _by_entry(
-        self, routing: Routing, held: list[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _by_entry(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run every copy on its entries of the batch, and put the results back in the batch's order."""
-        batch = len(routing.names)
         first = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
+        names = routing.names if first is None else routing.of(first).names
+        batch, held = len(names), [name if name in self.adapter_names else None for name in names]
         if first is None or first.dim() == 0 or first.shape[0] != batch:
             shape = None if first is None else list(first.shape)
             raise ValueError(f"rows: {batch} names for a module of modules_to_save whose input has shape {shape}")

@@ -156,10 +156,9 @@ class BottleneckSite(HookedAdapters):
         if routing is None:
             name = self._active
             return output if name is None else replaced(output, lambda h: self._adapted(name, h, x))
-        names = self.serving(routing)
-        if not any(names):
+        if not any(self.serving(routing)):
             return output
-        return replaced(output, lambda h: self._by_entry(names, h, x))
+        return replaced(output, lambda h: self._by_entry(self.serving(routing.of(h)), h, x))
 
     def _adapted(self, name: str, h: Tensor, x: Tensor | None) -> Tensor:
         source = self._inputs[name]

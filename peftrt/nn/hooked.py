@@ -123,7 +123,7 @@ class HookedAdapters(AdapterHolder):
         return current(self.owner)
 
     def serving(self, routing: Routing) -> list[str | None]:
-        """For each entry of a batch the adapter held here that serves it, or None."""
+        """For each entry of the routing's batch the adapter held here that serves it, or None."""
         held = set(self.adapter_names)
         return [name if name in held else None for name in routing.names]
 

@@ -108,7 +108,7 @@ class LoRAEmbedding(AdapterLinear):
         routing = current(self.owner)
         y = self._gather(ids, self.weight)
         if routing is not None:
-            return self._routed_rows(ids, y, routing)
+            return self._routed_rows(ids, y, routing.of(ids))
         if self._merged is not None:
             return y
         for name, weight in self._active.items():

@@ -27,12 +27,18 @@ class AdapterSet:
 class Routing:
     """One adapter, or None, for every entry of a batch.
 
+    Args:
+        names: one an entry.
+        expand: how often each counts.
+
     Attributes:
         names: of the adapters, one an entry of the leading dimension, repeats included.
+        once: the routing of the batch before its entries are repeated.
     """
 
     def __init__(self, names: Sequence[str | None], expand: int = 1) -> None:
         self.names = tuple(name for name in names for _ in range(expand))
+        self.once = self if expand == 1 else Routing(names)
         # the backward it was made in: a checkpointed region may hold a block of its own
         self.made_in = recompute.backward_number()
         self._per_row: dict[tuple[Any, int, torch.device], Tensor] = {}
@@ -42,6 +48,10 @@ class Routing:
     def remembered(self) -> recompute.Names:
         """What the backward is told of the block, for layers that checkpointing runs again."""
         return self.names
+
+    def of(self, batch: Tensor) -> Routing:
+        """The routing of what a module is given: an encoder sees a batch before it is repeated for the beams."""
+        return self.once if batch.dim() and batch.shape[0] == len(self.once.names) else self
 
     def table(self, layer: AdapterLinear) -> AdapterTable | None:
         """The table that serves the layer, with ids as of ``table_ids``; None: the layer's own adapters are stacked."""

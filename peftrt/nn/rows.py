@@ -25,6 +25,7 @@ def by_row(layer: AdapterLinear, x: Tensor, routing: Routing) -> Tensor:
     Raises:
         ValueError: adapters are merged into the base, or the batch has another length than the routing.
     """
+    routing = routing.of(x)
     if layer.merged is not None:
         raise ValueError(f"rows: adapters {sorted(layer.merged)} are merged into the base; unmerge first")
     table = routing.table(layer)

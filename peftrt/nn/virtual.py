@@ -64,6 +64,7 @@ class VirtualTokens(HookedAdapters):
             name = self.active
             return None if name is None else Served((name,), self.adapter(name).num_virtual_tokens)
         if batch is not None:
+            routing = routing.of(batch)
             routing.expect_batch(batch)
         names = routing.held(self.adapter_names)
         if not names:

@@ -33,6 +33,8 @@ class PoolRouting(Routing):
         outer: Routing | None,
     ) -> None:
         super().__init__([None] * len(entries), expand)
+        if expand > 1:
+            self.once = PoolRouting(entries, 1, tables, outer)
         self.entries = frozenset(entry for entry in entries if entry is not None)
         self._outer = outer
         self._tables = tables

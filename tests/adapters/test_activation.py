@@ -109,6 +109,33 @@ class TestRows:
         assert_close(beams[::2], single)
         assert_same_bits(beams[::2], beams[1::2])
 
+    @pytest.mark.parametrize("method", ["lora", "ia3", "bottleneck"])
+    def test_beams_of_an_encoder_with_a_decoder(self, method: str) -> None:
+        """The encoder is given each text once, the decoder as often as there are beams."""
+        model = build("t5")
+        for name in ("fr", "de"):
+            if method == "lora":
+                peftrt.adapt(model, config("t5", target_modules=["q", "wi_0", "shared"]), name=name)
+            elif method == "ia3":
+                ia3 = peftrt.IA3Config(target_modules=["k", "wo"], feedforward_modules=["wo"], init_ia3_weights=False)
+                peftrt.adapt(model, ia3, name=name)
+            else:
+                peftrt.adapt(model, peftrt.BottleneckConfig(placement="parallel", init="houlsby"), name=name)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "bottleneck" in name:
+                    parameter.normal_()
+        model.double()
+        options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+        with peftrt.rows(model, NAMES, expand=3):
+            together = model.generate(tokens(), **options)
+        alone = []
+        for row, name in enumerate(NAMES):
+            peftrt.set_active(model, name)
+            alone.append(model.generate(tokens()[row : row + 1], **options)[0].tolist())
+        assert together.tolist() == alone
+        assert len({*map(tuple, alone)}) == 3  # the adapters matter
+
     def test_generation(self) -> None:
         """The model calls itself with one token a step; every row goes on as it does alone."""
         model = two_adapters()
@@ -133,7 +160,7 @@ class TestRows:
             peftrt.rows(model, ["fr"], 0),
         ):
             pass
-        for names, expand in ((["fr"], 1), (["fr", "de"], 1), (["fr"] * 3, 2)):
+        for names, expand in ((["fr"], 1), (["fr", "de"], 1), (["fr"] * 2, 2)):
             with (
                 peftrt.rows(model, names, expand),
                 pytest.raises(ValueError, match=f"{len(names) * expand} names .* is 3"),

@@ -371,7 +371,7 @@ def test_blocks_can_be_left_out() -> None:
         ({"activation": "swoosh"}, "activation: expected one of relu, .* got 'swoosh'"),
         ({"scaling": float("inf")}, "scaling: expected a finite number"),
         ({"init": "zero"}, "init: expected one of bert, houlsby, mam_adapter, got 'zero'"),
-        ({"leave_out": "0"}, "leave_out: expected a list of indices"),
+        ({"leave_out": "0"}, "leave_out: expected a list of layers' indices"),
         ({"leave_out": [-1]}, "leave_out: expected integers in"),
         ({"target_modules": ["mlp"]}, "target_modules: a 'pfeiffer' adapter needs the block's residual"),
         ({"placement": "houlsby", "target_modules": []}, "target_modules: must not be empty"),
@@ -409,7 +409,10 @@ KEY = "base_model.model.model.layers.0.mlp.bottleneck."
     [
         (lambda t: t.pop(KEY + "down.bias"), r"has no key base_model.*down\.bias"),
         (lambda t: t.update({KEY + "up.weight": torch.zeros(64, 5)}), r"up_weight is \[64, 5\].*make it \[64, 4\]"),
-        (lambda t: t.update({KEY + "up.bias": torch.zeros(64, dtype=torch.float64)}), "expected a floating dtype"),
+        (
+            lambda t: t.update({KEY + "up.bias": torch.zeros(64, dtype=torch.float64)}),
+            "expected float32, bfloat16 or float16",
+        ),
         (lambda t: t.update({KEY.replace("mlp", "nlp") + key: t.pop(KEY + key) for key in NAMES}), "no module"),
         (lambda t: t.update({"stray": torch.zeros(1)}), "key 'stray' is neither a bottleneck's"),
         (lambda t: [t.pop(KEY + key) for key in NAMES], "no tensors for 'model.layers.0.mlp'"),

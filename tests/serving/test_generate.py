@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import peftrt
-from tests.adapters.tiny import build, config, quiet
+from tests.adapters.tiny import build, config, quiet, tokens
 
 PROMPTS = [[5, 17, 3, 88, 41, 9, 60], [7, 2], [31, 64, 12, 90], [7, 2]]
 NAMES = ["fr", "de", None, "it"]
@@ -69,3 +69,20 @@ def test_each_row_is_generated_as_if_alone(kind: str, beams: int, tmp_path: Path
             together = generate(served, PROMPTS, num_beams=beams)
         for row, wanted, name in zip(together, alone, NAMES, strict=True):
             assert row.tolist() == wanted.tolist(), f"{way}: {name}"
+
+
+def test_beams_of_an_encoder_with_a_decoder(tmp_path: Path) -> None:
+    """The encoder is given each prompt once, the decoder as often as there are beams."""
+    paths = saved("t5", tmp_path)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 3}
+    rows, pooled, ids = build("t5"), build("t5"), tokens(len(NAMES))
+    for name, path in paths.items():
+        peftrt.load(rows, path, name=name)
+    with torch.no_grad(), peftrt.rows(rows, NAMES, expand=3):
+        expected = rows.generate(ids, **options)
+    assert len({tuple(row.tolist()) for row in expected}) == len(NAMES), "the adapters are not to be told apart"
+    pool = peftrt.serving.AdapterPool(pooled, device_budget="4MiB", host_budget="4MiB")
+    for name, path in paths.items():
+        pool.load(name, path)
+    with torch.no_grad(), pool.batch(NAMES, expand=3):
+        assert torch.equal(pooled.generate(ids, **options), expected)

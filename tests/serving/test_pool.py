@@ -174,8 +174,10 @@ def test_beams_and_lengths(tmp_path: Path) -> None:
     with torch.no_grad(), pool.batch(["t0", None, "t1"], expand=2):
         whole = pool.model(x)  # type: ignore[attr-defined]
         last = pool.model(x[:, -1:])  # type: ignore[attr-defined]
-        with pytest.raises(ValueError, match="6 names for a batch whose leading dimension is 3"):
-            pool.model(x[:3])  # type: ignore[attr-defined]
+        once = pool.model(x[::2])  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="6 names for a batch whose leading dimension is 4"):
+            pool.model(x[:4])  # type: ignore[attr-defined]
+    assert_close(once, whole[::2])
     assert_close(whole, serve(pool, ["t0", "t0", None, None, "t1", "t1"], x))
     assert_close(last, whole[:, -1:])
 

@@ -175,14 +175,18 @@ class FullFineTuningMethod(Method[FullFineTuning, HeadTensors]):
         whole.install(model, model)
         whole.add_adapter(name, nn.Module())
 
-    def sort(self, config: FullFineTuning, tensors: Mapping[str, Tensor], source: str) -> NoReturn:
+    def parse(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> NoReturn:
         """As of :class:`Method`: there is no such file."""
         raise UnsupportedError(f"{source}: a model that was trained whole is no adapter: load it as a model")
 
     def fit(
         self, model: nn.Module, config: FullFineTuning, state: ModelAdapters, tensors: HeadTensors, source: str
     ) -> NoReturn:
-        """As of :class:`Method`; ``sort`` has refused."""
+        """As of :class:`Method`; ``parse`` has refused."""
+        raise AssertionError(source)
+
+    def sort(self, config: FullFineTuning, tensors: Mapping[str, Tensor], source: str) -> NoReturn:
+        """As of :class:`Method`; ``parse`` has refused."""
         raise AssertionError(source)
 
     def contents(self, model: nn.Module, state: ModelAdapters, name: str) -> NoReturn:
