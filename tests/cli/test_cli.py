@@ -22,7 +22,7 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--help"], ["finetune", "demo", "compare", "estimate", "convert", "info", "build"]),
         (["estimate", "--help"], ["--method", "llama-65b", "default: 512"]),
-        (["compare", "--help"], ["--methods", "qlora-16", "default: 300", "--quick"]),
+        (["compare", "--help"], ["--methods", "qlora-16", "default: 200", "--quick"]),
         (["finetune", "--help"], ["--model", "default: all-linear", "default: 0.05", "--resume"]),
         (["demo", "--help"], ["--out", "demo-out"]),
         (["convert", "--help"], ["--to", "--model", "--name"]),
