@@ -90,10 +90,12 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     rows, forgotten = found["methods"], found["forgetting"]
     columns = 3 if forgotten else 2
     drawing, axes = figure(6 * columns, 4.5, columns=columns)
-    for row in rows:
+    for number, row in enumerate(sorted(rows, key=lambda row: row["trainable_share"])):
         share, accuracy = 100 * row["trainable_share"], row["accuracy"]
         axes[0].errorbar(share, accuracy, row["accuracy_spread"], fmt="o", capsize=3)
-        axes[0].annotate(row["method"], (share, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        # above and below in turn: some train equally much, and do equally well
+        place = (4, 4 if number % 2 else -10)
+        axes[0].annotate(row["method"], (share, accuracy), xytext=place, textcoords="offset points", fontsize=7)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("% of the parameters trained")
     axes[0].set_ylabel("held-out accuracy")
