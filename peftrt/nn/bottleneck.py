@@ -156,9 +156,10 @@ class BottleneckSite(HookedAdapters):
         if routing is None:
             name = self._active
             return output if name is None else replaced(output, lambda h: self._adapted(name, h, x))
-        if not any(self.serving(routing)):
+        names = self.serving(routing.of(output if isinstance(output, Tensor) else output[0]))
+        if not any(names):
             return output
-        return replaced(output, lambda h: self._by_entry(self.serving(routing.of(h)), h, x))
+        return replaced(output, lambda h: self._by_entry(names, h, x))
 
     def _adapted(self, name: str, h: Tensor, x: Tensor | None) -> Tensor:
         source = self._inputs[name]

@@ -33,12 +33,12 @@ class Routing:
 
     Attributes:
         names: of the adapters, one an entry of the leading dimension, repeats included.
-        once: the routing of the batch before its entries are repeated.
+        once: the routing of the batch before its entries are repeated; None where they are not.
     """
 
     def __init__(self, names: Sequence[str | None], expand: int = 1) -> None:
         self.names = tuple(name for name in names for _ in range(expand))
-        self.once = self if expand == 1 else Routing(names)
+        self.once = None if expand == 1 else Routing(names)
         # the backward it was made in: a checkpointed region may hold a block of its own
         self.made_in = recompute.backward_number()
         self._per_row: dict[tuple[Any, int, torch.device], Tensor] = {}
@@ -51,7 +51,8 @@ class Routing:
 
     def of(self, batch: Tensor) -> Routing:
         """The routing of what a module is given: an encoder sees a batch before it is repeated for the beams."""
-        return self.once if batch.dim() and batch.shape[0] == len(self.once.names) else self
+        once = self.once
+        return self if once is None or not batch.dim() or batch.shape[0] != len(once.names) else once
 
     def table(self, layer: AdapterLinear) -> AdapterTable | None:
         """The table that serves the layer, with ids as of ``table_ids``; None: the layer's own adapters are stacked."""
