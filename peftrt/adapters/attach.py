@@ -102,14 +102,10 @@ def adapt(
     check_new_name(name, state.configs)
     state.expect_unmerged("adapt")
     expect_room(state.configs, method, "adapt")
-    storage = (
-        {"quantize": quantize, "block_size": block_size, "double_quant": double_quant}
-        if quantize
-        else {"quantize": None}
-    )
-    stays = quantize is None and not method.wraps_layers
-    if state.storage is not None and state.storage != storage and not stays:
-        raise ValueError(f"adapt: the model's layers were adapted with {_shown(state.storage)}, got {_shown(storage)}")
+    options = {"block_size": block_size, "double_quant": double_quant} if quantize else {}
+    storage = {"quantize": quantize, **options}
+    if method.wraps_layers or quantize is not None:
+        _expect_same_storage(state, storage)
     config = method.complete(model, with_task_heads(model, config))
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=base_model_name(model))
@@ -127,24 +123,15 @@ def adapt(
             wrap(source)
             source.fill_rest()
             attach()
-    elif quantize is None:
-        expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
-        with all_or_nothing(model):
-            wrap(None)
-            attach()
     else:
         expect_data(model, "adapt", "; pass checkpoint=PATH to read it from there")
-        _expect_finite(model, layers)
-        try:
-            # Quantised weights are released one by one, so that part cannot be taken back.
-            wrap(None)
+        if quantize is None:
             with all_or_nothing(model):
+                wrap(None)
                 attach()
-        except BaseException:
-            for layer in adapter_layers(model, state).values():
-                if name in layer.adapter_names:
-                    layer.remove_adapter(name)
-            raise
+        else:
+            _expect_finite(model, layers)
+            _quantise_and_attach(model, state, name, wrap, attach)
     if fuse:
         lay_siblings_together(model)
     return make_report(model, state, name, plan, method.sites(model, state, name, plan), bytes_before)
@@ -192,6 +179,24 @@ def _dense_layer(module: nn.Module) -> AdapterLinear:
     if isinstance(module, nn.Embedding):
         return LoRAEmbedding.from_embedding(module, r=None)
     return LoRALinear.from_linear(module, r=None)
+
+
+def _quantise_and_attach(
+    model: nn.Module,
+    state: ModelAdapters,
+    name: str,
+    wrap: Callable[[MetaSource | None], None],
+    attach: Callable[[], None],
+) -> None:
+    """All that can be taken back: quantised weights are released one by one, and stay so."""
+    try:
+        wrap(None)
+        with all_or_nothing(model):
+            attach()
+    except BaseException:
+        for layer in holding(adapter_layers(model, state), name).values():
+            layer.remove_adapter(name)
+        raise
 
 
 def _attach_and_train(
@@ -283,6 +288,11 @@ def _expect_finite(model: nn.Module, plan: Plan) -> None:
         suspicious = weight.is_floating_point() and not bool(weight.detach().sum(dtype=torch.float32).isfinite())
         if suspicious and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"adapt: {path}.weight holds NaN or infinity, which NF4 cannot represent")
+
+
+def _expect_same_storage(state: ModelAdapters, storage: dict[str, Any]) -> None:
+    if state.storage is not None and state.storage != storage:
+        raise ValueError(f"adapt: the model's layers were adapted with {_shown(state.storage)}, got {_shown(storage)}")
 
 
 def _shown(storage: dict[str, Any]) -> str:
